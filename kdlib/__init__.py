@@ -1,0 +1,26 @@
+"""kdlib: the kernels and the bookkeeping under an executable book on knowledge distillation."""
+
+from kdlib import losses
+from kdlib.data import load_data
+from kdlib.engine import train
+from kdlib.errors import KdlibError
+from kdlib.methods import KD, CrossEntropy
+from kdlib.models import build_model, count_cost
+from kdlib.runs import Recipe, Run
+from kdlib.store import Trained, measure
+
+__version__ = "0.1.0"
+__all__ = [
+    "KD",
+    "CrossEntropy",
+    "KdlibError",
+    "Recipe",
+    "Run",
+    "Trained",
+    "build_model",
+    "count_cost",
+    "load_data",
+    "losses",
+    "measure",
+    "train",
+]

@@ -1,0 +1,113 @@
+"""Images: one split of a data set, resident on the device as uint8, cropped and flipped by view."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """One split of a data set on one device.
+
+    A *view* is one outcome of the augmentation "pad by ``pad`` zeros, crop back, perhaps flip":
+    ``view = (flip * offsets + dy) * offsets + dx`` with ``offsets = 2 * pad + 1``. Drawing views
+    instead of applying random transforms makes an epoch a pure function of its seed, and a frozen
+    teacher's answers a finite table.
+
+    Attributes:
+        name: label of the data set, as it stands beside every number made from it.
+        pixels: uint8 ``[n, size + 2 * pad, size + 2 * pad, channels]``, zero-padded.
+        labels: int64 ``[n]``.
+        mean, std: per channel, in units of [0, 1] pixel values.
+    """
+
+    name: str
+    split: str
+    pixels: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[3]
+
+    @property
+    def size(self) -> int:
+        """Height and width of a batch's images."""
+        return self.pixels.shape[1] - 2 * self.pad
+
+    @property
+    def offsets(self) -> int:
+        return 2 * self.pad + 1
+
+    @property
+    def views(self) -> int:
+        """Number of distinct views of one image."""
+        return self.offsets**2 * (2 if self.flip else 1)
+
+    @property
+    def centre(self) -> int:
+        """The view that is the image itself: no shift, no flip."""
+        return self.pad * self.offsets + self.pad
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    def first(self, count: int | None) -> "Images":
+        """The first ``count`` images; all of them for None."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+
+    def batch(self, index: Tensor, view: Tensor | None = None) -> Tensor:
+        """Normalised float32 images ``[b, channels, size, size]`` in channels_last layout.
+
+        ``index`` and ``view`` are int64 ``[b]`` on the images' device; without views, the images
+        themselves. Equal to zero padding, cropping, flipping and normalising one by one.
+        """
+        n, padded, _, channels = self.pixels.shape
+        size, offsets = self.size, self.offsets
+        view = torch.full_like(index, self.centre) if view is None else view
+        dy, dx = view // offsets % offsets, view % offsets
+        # Every run of `size` pixels in the storage is a row of this overlapping table, so that a
+        # crop is `size` consecutive-stride rows of it and a batch is one gather.
+        table = self.pixels.as_strided(
+            (n * padded * padded - size + 1, size * channels), (channels, 1)
+        )
+        first = (index * padded + dy) * padded + dx
+        rows = first[:, None] + torch.arange(size, device=self.device) * padded
+        crop = table.index_select(0, rows.flatten()).view(-1, size, size, channels)
+        if self.flip:
+            crop = _mirror(crop, view >= offsets**2)
+        scale, shift = self._normalisation
+        flat = crop.view(-1, size, size * channels).float()
+        return torch.addcmul(shift, flat, scale).view(crop.shape).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _normalisation(self) -> Tensor:
+        """Scale and shift of ``(pixel / 255 - mean) / std``, repeated along one row of pixels."""
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
+        pair = torch.stack([1 / (255 * std), -mean / std])
+        return pair.float().repeat(1, self.size).to(self.device)
+
+
+def _mirror(crop: Tensor, flipped: Tensor) -> Tensor:
+    """Mirror the images of ``crop`` ``[b, size, size, channels]`` that ``flipped`` ``[b]`` marks."""
+    if crop.is_cuda:  # finding the marked ones would wait for the device
+        return torch.where(flipped[:, None, None, None], crop.flip(2), crop)
+    marked = flipped.nonzero().squeeze(1)  # a third of the time of `where` on a CPU
+    return crop.index_copy_(0, marked, crop.index_select(0, marked).flip(2))

@@ -1,0 +1,51 @@
+"""Which device, which precision."""
+
+import contextlib
+import platform
+import resource
+
+import torch
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; for None a GPU if there is one, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU; on a GPU bfloat16, or float16 where bfloat16 is only emulated (T4)."""
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def half_precision(device: torch.device, dtype: torch.dtype):
+    """Autocast on a GPU, nothing on a CPU, whose half-precision convolutions are not trusted."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", dtype)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """What a record says of the machine: versions, device, threads, precision, peak memory."""
+    gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if gpu else _peak_resident_bytes()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if gpu else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+        "peak_memory_mb": round(peak / 2**20),
+    }
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,148 @@
+"""train(runs): load what the store has, train the rest, teachers first."""
+
+import time
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from filelock import Timeout
+
+from kdlib import store
+from kdlib.data import load_data
+from kdlib.engine.bank import Shelf
+from kdlib.engine.device import pick_device
+from kdlib.engine.lane import Lane
+from kdlib.engine.progress import Progress
+from kdlib.runs import Run
+from kdlib.store import Trained
+
+# On a GPU a step of one small network leaves most of it idle; on a CPU it does not.
+GPU_LANES = 8
+BANKS = Shelf()
+
+
+def train(
+    runs: Iterable[Run], device: str | torch.device | None = None, lanes: int | None = None
+) -> list[Trained]:
+    """Train what the store and the committed records do not have yet; return one result per run.
+
+    Teachers named by the runs are trained first, and only where a student needs them. Several
+    processes may share a store: each run is trained by one of them while the others wait.
+
+    Args:
+        device: ``cpu``, ``cuda``, …; None takes a GPU if there is one.
+        lanes: how many students train at a time; None takes 1 on a CPU and 8 on a GPU. Fewer where
+            memory runs out.
+
+    Raises:
+        NotFinite: a loss left the finite numbers.
+        StoreError, DataError: what cannot be read or written, and what to do.
+    """
+    runs, device = list(runs), pick_device(device)
+    torch.set_flush_denormal(True)
+    lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
+    _ensure(_merge(runs), device, lanes)
+    return [store.find_record(run) for run in runs]
+
+
+def _merge(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, keeping the checkpoints that any of its mentions asks for."""
+    merged: dict[str, Run] = {}
+    for run in runs:
+        keep = merged[run.id].keep if run.id in merged else ()
+        merged[run.id] = replace(run, keep=(*keep, *run.keep))
+    return list(merged.values())
+
+
+def _ensure(runs: list[Run], device: torch.device, lanes: int) -> None:
+    missing = [run for run in runs if not _complete(run)]
+    if not missing:
+        return
+    _ensure(_teachers(missing), device, lanes)
+    progress = Progress(sum(run.recipe.epochs for run in missing))
+    try:
+        while missing:
+            for data, images in {(run.data, run.images) for run in missing}:
+                together = [r for r in missing if (r.data, r.images) == (data, images)]
+                lanes = _train_some(together, device, lanes, progress)
+            missing = [run for run in missing if not _complete(run)]
+    finally:
+        progress.close()
+
+
+def _teachers(runs: list[Run]) -> list[Run]:
+    """The runs whose checkpoints label these, asked to keep them."""
+    anchors = {anchor for run in runs for anchor in run.method.anchors(run.recipe.epochs)}
+    return _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
+
+
+def _complete(run: Run) -> bool:
+    """Whether nothing is left to do: a record, its kept weights, and teachers that did not move."""
+    trained = store.find_record(run)
+    if trained is None or not store.has_weights(run, run.keep):
+        return False
+    for teacher, epoch in run.method.anchors(run.recipe.epochs):
+        record = store.find_record(teacher)
+        now = record and record.closing["weights"].get(str(epoch))
+        before = trained.closing["teachers"].get(f"{teacher.id}@{epoch}")
+        if now and now != before:
+            warnings.warn(
+                f"{run} learned from other weights of its teacher {teacher}; it is trained again.",
+                stacklevel=2,
+            )
+            return False
+    return True
+
+
+def _train_some(runs: list[Run], device: torch.device, lanes: int, progress: Progress) -> int:
+    """Train up to ``lanes`` of the runs that no other process is training.
+
+    Where all of them are being trained elsewhere, wait a little. Nothing waits while it holds a
+    lock, so that processes cannot block each other. Returns the number of lanes to go on with.
+    """
+    with ExitStack() as locks:
+        mine = []
+        for run in runs:
+            if len(mine) == lanes:
+                break
+            try:
+                locks.enter_context(store.lock(run).acquire(blocking=False))
+            except Timeout:
+                continue
+            if not _complete(run):  # it may have been finished while we asked for the lock
+                mine.append(run)
+        if not mine:
+            time.sleep(0.2)
+            return lanes
+        try:
+            _run_lanes(mine, device, progress)
+            return lanes
+        except torch.OutOfMemoryError:
+            if lanes == 1:
+                raise
+            BANKS.clear()
+            torch.cuda.empty_cache()
+            warnings.warn(f"Out of memory with {lanes} lanes: {lanes // 2} from now.", stacklevel=2)
+            return lanes // 2
+
+
+def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> None:
+    """Train runs of one data set together, each step of every lane in turn."""
+    images = load_data(runs[0].data, "train", device).first(runs[0].images)
+    test = load_data(runs[0].data, "test", device)
+    active = [Lane(run, images, test, BANKS) for run in runs]
+    progress.skip(sum(lane.epoch for lane in active))
+    while active:
+        for lane in active:
+            lane.begin_epoch()
+        for step in range(max(lane.steps for lane in active)):
+            for lane in active:
+                if step < lane.steps:
+                    lane.advance()
+        for lane in active:
+            progress.epoch(lane.run, lane.end_epoch())
+            if lane.finished:
+                lane.close()
+        active = [lane for lane in active if not lane.finished]

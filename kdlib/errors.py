@@ -1,0 +1,30 @@
+"""Errors that say what is wrong, where, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KdlibError(Exception):
+    """Base of every error that kdlib raises on purpose."""
+
+
+class UnknownName(KdlibError, ValueError):
+    """A name that stands for nothing: the message gives the closest that do."""
+
+    def __init__(self, kind: str, name: str, valid: Iterable[str]):
+        valid = sorted(valid)
+        close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(valid)}."
+        super().__init__(f"There is no {kind} {name!r}. {hint}")
+
+
+class DataError(KdlibError, OSError):
+    """A data set that is missing or damaged."""
+
+
+class StoreError(KdlibError, OSError):
+    """A run, record or result that cannot be read or written."""
+
+
+class NotFinite(KdlibError, ArithmeticError):
+    """A loss that became infinite or not a number."""

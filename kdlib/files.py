@@ -1,0 +1,60 @@
+"""Where things lie, and writing them so that nothing half-written is ever read as whole."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from kdlib.errors import StoreError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """The store of runs and caches: ``$KDLIB_HOME``, else ``runs/`` in the project."""
+    return Path(os.environ.get("KDLIB_HOME") or ROOT / "runs").resolve()
+
+
+def data_root() -> Path:
+    """Downloaded data sets: ``$KDLIB_DATA``, else ``data/`` in the project."""
+    return Path(os.environ.get("KDLIB_DATA") or ROOT / "data").resolve()
+
+
+def results() -> Path:
+    """Published values and our results: ``$KDLIB_RESULTS``, else ``results/`` in the project."""
+    return Path(os.environ.get("KDLIB_RESULTS") or ROOT / "results").resolve()
+
+
+def published() -> Path:
+    """The papers' own numbers and claims, part of the project."""
+    return ROOT / "results" / "published"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: temporary file, fsync, rename.
+
+    Raises:
+        StoreError: the folder cannot be written or the disk is full; what stood at ``path`` before
+            still stands there.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space there" if full else "make the folder writable"
+        raise StoreError(
+            f"Cannot write {path}: {error.strerror or error}. Nothing before it was lost: "
+            f"{advice}, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS (results)."
+        ) from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)

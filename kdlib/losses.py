@@ -1,0 +1,73 @@
+"""Losses: one formula each, averaged over the batch, with gradients to the student only.
+
+Logits are ``[b, classes]``, features ``[b, channels, height, width]``; every function returns a
+0-dim tensor. The teacher's side is detached, so a live teacher never receives a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)), in nats (Hinton et al. 2015)."""
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * kl
+
+
+def hint(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Mean squared error of two equally shaped features (FitNet, Romero et al. 2015)."""
+    return F.mse_loss(student_feature, teacher_feature.detach())
+
+
+def attention(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Mean of (q_s - q_t)², q the L2-normalised map mean_c(F²) (AT, Zagoruyko & Komodakis 2017).
+
+    Channels may differ; height and width may not.
+    """
+    student, teacher = _attention_map(student_feature), _attention_map(teacher_feature.detach())
+    return F.mse_loss(student, teacher)
+
+
+def factor(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
+    """Mean of |f_s - f_t|, each image's factor L2-normalised whole (FT, Kim et al. 2018)."""
+    student, teacher = student_factor.flatten(1), teacher_factor.detach().flatten(1)
+    return F.l1_loss(F.normalize(student), F.normalize(teacher))
+
+
+def fsp(student_in: Tensor, student_out: Tensor, teacher_in: Tensor, teacher_out: Tensor) -> Tensor:
+    """Mean of (G_s - G_t)², G the flow matrix between two layers (FSP, Yim et al. 2017).
+
+    Student and teacher need equal channel counts at both layers; where a layer's height and width
+    exceed the other's, the larger is max-pooled to the smaller.
+    """
+    return F.mse_loss(_flow(student_in, student_out), _flow(teacher_in, teacher_out).detach())
+
+
+def nst(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Squared MMD of the channels' activation patterns, kernel (x·y)² (NST, Huang & Wang 2017).
+
+    A pattern is one channel's L2-normalised map. Channels may differ; height and width may not.
+    The kernels are batched matrix products ``[b, c, c]``: no ``b x c x c x hw`` tensor is made.
+    """
+    student = F.normalize(student_feature.flatten(2), dim=2)
+    teacher = F.normalize(teacher_feature.detach().flatten(2), dim=2)
+    within = _mean_kernel(student, student) + _mean_kernel(teacher, teacher)
+    return within - 2 * _mean_kernel(student, teacher)
+
+
+def _attention_map(feature: Tensor) -> Tensor:
+    return F.normalize(feature.square().mean(1).flatten(1))
+
+
+def _flow(first: Tensor, last: Tensor) -> Tensor:
+    """G[b, i, j] = mean over positions of first_i · last_j."""
+    size = min(first.shape[2:], last.shape[2:])
+    first, last = (F.adaptive_max_pool2d(f, size).flatten(2) for f in (first, last))
+    return torch.bmm(first, last.transpose(1, 2)) / first.shape[2]
+
+
+def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+    return torch.bmm(x, y.transpose(1, 2)).square().mean()

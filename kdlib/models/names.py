@@ -1,0 +1,67 @@
+"""Networks by name: ``resnet20``, ``mobilenetv2-t6-w0.5``, ``resnet50-x0.25``."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kdlib.errors import UnknownName
+from kdlib.models.mobilenet import mobilenetv2
+from kdlib.models.resnet import cifar_resnet, resnet50
+from kdlib.models.staged import Staged
+
+RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
+EXAMPLES = [f"resnet{depth}" for depth in (*RESNET_DEPTHS, 50)] + [
+    f"mobilenetv2-t{t}-w{w}" for t in (4, 6, 8, 10) for w in (0.35, 0.5, 0.75, 1.0)
+]
+
+
+def build_model(name: str, classes: int, channels: int = 3, seed: int | None = None) -> Staged:
+    """A freshly initialised network in float32 on the CPU.
+
+    Args:
+        name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50`` or ``mobilenetv2-t<T>-w<W>``; a
+            suffix ``-x<width>`` multiplies every width.
+        classes: number of logits.
+        channels: of the images.
+        seed: of the initial weights; the caller's random state is left alone. None draws from it.
+
+    Raises:
+        UnknownName: with the closest known names.
+    """
+    build = builder(name)
+    if seed is None:
+        return build(classes=classes, channels=channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(classes=classes, channels=channels)
+
+
+def builder(name: str) -> Callable[..., Staged]:
+    """What ``build_model`` calls for a name, with ``classes`` and ``channels``."""
+    base, separator, suffix = name.partition("-x")
+    scale = _number(suffix) if separator else 1.0
+    family = _family(base)
+    if family is None or scale is None:
+        raise UnknownName("model", name, EXAMPLES)
+    return partial(family, scale=scale)
+
+
+def _family(base: str) -> Callable[..., Staged] | None:
+    if base == "resnet50":
+        return resnet50
+    if match := re.fullmatch(r"resnet(\d+)", base):
+        depth = int(match[1])
+        if depth in RESNET_DEPTHS:
+            return partial(cifar_resnet, depth)
+    if match := re.fullmatch(r"mobilenetv2-t(\d+)-w([\d.]+)", base):
+        expansion, width = int(match[1]), _number(match[2])
+        if expansion and width:
+            return partial(mobilenetv2, expansion, width)
+    return None
+
+
+def _number(text: str) -> float | None:
+    """A positive width, or None."""
+    return float(text) if re.fullmatch(r"\d*\.?\d+", text) and float(text) > 0 else None

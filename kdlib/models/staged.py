@@ -1,0 +1,86 @@
+"""Staged: a network as stem, stages and head."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Staged(nn.Module):
+    """A classifier that can stop after a stage, resume from one, and report every stage's output.
+
+    Stages count from 1; stage 0 is the stem's output. For every stage k,
+    ``resume(k, until(k, x))`` is ``forward(x)``, operation by operation.
+
+    Input ``[b, channels, height, width]``, output logits ``[b, classes]``.
+    """
+
+    def __init__(self, stem: nn.Module, body: Sequence[nn.Module], head: nn.Module):
+        super().__init__()
+        self.stem = stem
+        self.body = nn.ModuleList(body)
+        self.head = head
+
+    def until(self, stage: int, x: Tensor) -> Tensor:
+        """The feature ``[b, c, h, w]`` after the first ``stage`` stages."""
+        x = self.stem(x)
+        for part in self.body[:stage]:
+            x = part(x)
+        return x
+
+    def resume(self, stage: int, feature: Tensor) -> Tensor:
+        """Logits from the feature that stage ``stage`` put out."""
+        for part in self.body[stage:]:
+            feature = part(feature)
+        return self.head(feature)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The output of every stage, first to last."""
+        x, features = self.stem(x), []
+        for part in self.body:
+            x = part(x)
+            features.append(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resume(0, self.until(0, x))
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with constant momentum.
+
+    Its counter of batches is dropped: nothing reads it at constant momentum, and it would cost a
+    kernel per layer and step.
+    """
+    norm = nn.BatchNorm2d(channels)
+    norm.num_batches_tracked = None
+    return norm
+
+
+class PoolAndClassify(nn.Sequential):
+    """Global average pooling and one linear layer."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy weights in place, so that captured graphs and optimizers keep their addresses.
+
+    Raises ValueError where names or shapes differ.
+    """
+    own = model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+        odd = sorted(
+            set(own) ^ set(weights) or {n for n in own if own[n].shape != weights[n].shape}
+        )
+        raise ValueError(f"The weights do not fit the model: {', '.join(odd[:3])} …")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])

@@ -1,0 +1,102 @@
+"""Run: a frozen description of one training, whose id is a hash of all of it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+
+from kdlib.data import canonical_name
+from kdlib.methods import CrossEntropy, Method
+from kdlib.models.names import builder
+
+# Part of every id: raise it when a change of the code changes what training computes.
+ENGINE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stochastic gradient descent with momentum and a learning rate that falls in steps.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch: images a step.
+        lr: initial learning rate.
+        milestones: after how many epochs the rate is multiplied by ``decay``.
+        weight_decay: L2, on every parameter.
+    """
+
+    epochs: int
+    batch: int
+    lr: float
+    milestones: tuple[int, ...] = ()
+    decay: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self):
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if self.epochs < 1 or self.batch < 1:
+            raise ValueError(f"A recipe needs at least one epoch and one image a batch: {self}")
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        return self.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: data, model, method, recipe, seed. A teacher in the method is itself a Run.
+
+    Attributes:
+        data: name for ``load_data``.
+        model: name for ``build_model``.
+        images: train on the first so many images only; None for all.
+        keep: epochs whose weights stay in the store besides the last. Not part of the id: a kept
+            checkpoint changes no number.
+
+    Raises UnknownName at once where the data set or the model is unknown.
+    """
+
+    data: str
+    model: str
+    recipe: Recipe
+    method: Method = CrossEntropy()
+    seed: int = 0
+    images: int | None = None
+    keep: tuple[int, ...] = field(default=(), compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", canonical_name(self.data))
+        object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
+        builder(self.model)  # an unknown name is refused here, not after hours
+        if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
+            raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
+
+    @cached_property
+    def id(self) -> str:
+        text = json.dumps([ENGINE_VERSION, self.description], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def description(self) -> dict:
+        """All that the id stands for, as plain JSON: the run's whole ancestry."""
+        return describe(self)
+
+    def __str__(self) -> str:
+        method = type(self.method).__name__
+        return f"{self.model} · {method} · seed {self.seed} · {self.id}"
+
+
+def describe(value):
+    """A frozen dataclass as plain JSON, defaults left out, so that a new field with a default
+    changes no id."""
+    if is_dataclass(value):
+        parts = {"kind": type(value).__name__}
+        for f in fields(value):
+            content = getattr(value, f.name)
+            if f.compare and content != f.default:
+                parts[f.name] = describe(content)
+        return parts
+    if isinstance(value, tuple | list):
+        return [describe(part) for part in value]
+    return value

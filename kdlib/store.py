@@ -1,0 +1,199 @@
+"""The store: weights, resume states and records of runs; JSON and safetensors only.
+
+``$KDLIB_HOME/<id>/`` holds a run's weights and its record; a record is a JSON line of description,
+one line per epoch, and a closing line. Exhibits copy the records they used to
+``results/<profile>/records/``, where a clone without a store finds them.
+"""
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kdlib import files
+from kdlib.data import load_data
+from kdlib.errors import StoreError
+from kdlib.models import Staged, build_model, load_weights
+from kdlib.runs import ENGINE_VERSION, Run
+
+
+def folder(run: Run) -> Path:
+    return files.home() / run.id
+
+
+def lock(run: Run) -> FileLock:
+    """The lock that a process holds while it trains a run; the system frees it when it dies."""
+    try:
+        folder(run).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write {files.home()}: {error.strerror}. Make it writable, or name another "
+            f"folder with KDLIB_HOME."
+        ) from error
+    return FileLock(folder(run) / "lock")
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Hash of every bit of a model's state: equal only if nothing moved."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.write_atomic(path, save(plain, {"about": json.dumps(about)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and what was said about them. Raises StoreError where absent or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["about"])
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is not there.") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}); training the run again mends it.") from error
+
+
+def weights_path(run: Run, epoch: int) -> Path:
+    return folder(run) / f"epoch-{epoch:04d}.safetensors"
+
+
+def save_weights(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
+    """Save a checkpoint and return its fingerprint."""
+    about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(weights)}
+    save_tensors(weights_path(run, epoch), weights, about)
+    return about["fingerprint"]
+
+
+def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
+    """A run's model after ``epoch`` epochs, in eval mode and frozen, and its fingerprint."""
+    path = weights_path(run, epoch)
+    weights, about = load_tensors(path)
+    if fingerprint(weights) != about["fingerprint"]:
+        raise StoreError(f"{path} is damaged (its content changed); training the run again mends it.")
+    images = load_data(run.data)
+    model = build_model(run.model, images.classes, images.channels, seed=0)
+    load_weights(model, weights)
+    return model.eval().requires_grad_(False), about["fingerprint"]
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained run, as its record tells.
+
+    Attributes:
+        log: one row per epoch: learning rate, mean training terms, test accuracy in %, …
+        closing: weights' fingerprints by epoch, teachers' fingerprints, environment, time.
+    """
+
+    run: Run
+    log: pd.DataFrame
+    closing: dict
+
+    @property
+    def final(self) -> dict:
+        """The last epoch's row."""
+        return self.log.iloc[-1].to_dict()
+
+    def model(self, epoch: int | None = None) -> Staged:
+        """The network after ``epoch`` epochs (None: at the end), in eval mode, on the CPU.
+
+        Raises StoreError where the store has no such weights, or damaged ones.
+        """
+        return load_checkpoint(self.run, epoch or self.run.recipe.epochs)[0]
+
+
+def write_record(run: Run, log: list[dict], closing: dict) -> None:
+    head = {"id": run.id, "engine": ENGINE_VERSION, "run": run.description}
+    lines = [json.dumps(line) for line in (head, *log, {"closing": closing})]
+    files.write_atomic(folder(run) / "record.jsonl", "\n".join(lines) + "\n")
+
+
+def find_record(run: Run) -> Trained | None:
+    """A run's record from the store, else from any profile's committed records.
+
+    A damaged record is named in a warning and passed over, so that the run is trained again.
+    """
+    committed = files.results().glob(f"*/records/{run.id}.jsonl")
+    for path in (folder(run) / "record.jsonl", *committed):
+        if path.exists():
+            try:
+                return _read_record(run, path)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                warnings.warn(
+                    f"The record {path} is damaged ({error}). It is ignored; without another "
+                    f"copy the run is trained again.",
+                    stacklevel=2,
+                )
+    return None
+
+
+def _read_record(run: Run, path: Path) -> Trained:
+    head, *log, last = map(json.loads, path.read_text().splitlines())
+    if head["run"] != json.loads(json.dumps(run.description)):
+        raise ValueError("it describes another run")
+    if [row["epoch"] for row in log] != list(range(1, run.recipe.epochs + 1)):
+        raise ValueError("epochs are missing")
+    return Trained(run, pd.DataFrame(log), last["closing"])
+
+
+def copy_record(run: Run, destination: Path) -> None:
+    """Copy a run's record and measurements from the store to a profile's records."""
+    for path in folder(run).glob("measure-*.json"):
+        files.write_atomic(destination / f"{run.id}.{path.name}", path.read_bytes())
+    if (record := folder(run) / "record.jsonl").exists():
+        files.write_atomic(destination / f"{run.id}.jsonl", record.read_bytes())
+
+
+def has_weights(run: Run, epochs: Iterable[int]) -> bool:
+    return all(weights_path(run, epoch).exists() for epoch in epochs)
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+def measure(trained: Trained, fn: Callable[..., pd.DataFrame], **options) -> pd.DataFrame:
+    """``fn(trained, **options)``, a small table, computed once and kept beside the run's record.
+
+    The key is the function's source, its options and the run's weights: change one and it is
+    computed again. Options must be plain JSON.
+    """
+    key = [inspect.getsource(fn), options, trained.closing["weights"]]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    name = f"measure-{fn.__name__}-{digest}.json"
+    committed = files.results().glob(f"*/records/{trained.run.id}.{name}")
+    own = folder(trained.run) / name
+    for path in (own, *committed):
+        try:
+            return _read_table(path.read_text())
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # absent or damaged: computed again
+    text = json.dumps(fn(trained, **options).to_dict(orient="split", index=False))
+    files.write_atomic(own, text)
+    return _read_table(text)
+
+
+def _read_table(text: str) -> pd.DataFrame:
+    content = json.loads(text)
+    return pd.DataFrame(content["data"], columns=content["columns"])
