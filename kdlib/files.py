@@ -1,8 +1,9 @@
 """Where things lie, and writing them so that nothing half-written is ever read as whole."""
 
+import contextlib
 import errno
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from kdlib.errors import StoreError
@@ -30,31 +31,34 @@ def published() -> Path:
     return ROOT / "results" / "published"
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: temporary file, fsync, rename.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write; on leaving, it is synced and takes the place of ``path``.
 
     Raises:
         StoreError: the folder cannot be written or the disk is full; what stood at ``path`` before
             still stands there.
     """
-    content = content.encode() if isinstance(content, str) else content
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space there" if full else "make the folder writable"
         raise StoreError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing before it was lost: "
+            f"Cannot write {path}: {error.strerror or error}. Nothing that stood there is lost: "
             f"{advice}, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS (results)."
         ) from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing. Raises as ``replacing``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

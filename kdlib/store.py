@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kdlib import files
@@ -57,7 +57,8 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    files.write_atomic(path, save(plain, {"about": json.dumps(about)}))
+    with files.replacing(path) as temporary:
+        save_file(plain, temporary, {"about": json.dumps(about)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -69,7 +70,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     except FileNotFoundError as error:
         raise StoreError(f"{path} is not there.") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}); training the run again mends it.") from error
+        raise StoreError(
+            f"{path} is damaged ({error}); training the run again mends it."
+        ) from error
 
 
 def weights_path(run: Run, epoch: int) -> Path:
@@ -88,7 +91,9 @@ def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     path = weights_path(run, epoch)
     weights, about = load_tensors(path)
     if fingerprint(weights) != about["fingerprint"]:
-        raise StoreError(f"{path} is damaged (its content changed); training the run again mends it.")
+        raise StoreError(
+            f"{path} is damaged (its content changed); training the run again mends it."
+        )
     images = load_data(run.data)
     model = build_model(run.model, images.classes, images.channels, seed=0)
     load_weights(model, weights)

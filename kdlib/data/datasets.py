@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from kdlib import files
 from kdlib.data.images import Images
@@ -236,7 +236,8 @@ def _decode_folder(found: list[tuple[str, str, str]], file: Path, fingerprint: s
         "mean": mean,
         "std": std,
     }
-    files.write_atomic(file, save(tensors, {"about": json.dumps(about)}))
+    with files.replacing(file) as temporary:
+        save_file(tensors, temporary, {"about": json.dumps(about)})
     return about
 
 
@@ -245,7 +246,9 @@ def _statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     value = np.arange(256) / 255
     mean, std = [], []
     for channel in range(pixels.shape[3]):
-        count = np.bincount(pixels[..., channel].ravel(), minlength=256)
+        count = np.zeros(256, dtype=np.int64)
+        for block in np.array_split(pixels[..., channel], len(pixels) // 1000 + 1):
+            count += np.bincount(block.ravel(), minlength=256)
         centre = float((count * value).sum() / count.sum())
         mean.append(round(centre, 4))
         std.append(round(float((count * (value - centre) ** 2).sum() / count.sum()) ** 0.5, 4))

@@ -1,0 +1,29 @@
+"""What notebooks use to show code and to check a reader's answers."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+from IPython.display import Markdown
+
+
+def show(*functions: Callable) -> Markdown:
+    """The library's own source of these functions, as the cell's output."""
+    return Markdown("\n".join(f"```python\n{inspect.getsource(f)}```" for f in functions))
+
+
+def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
+    """Compare a reader's answer with the computed one and say so.
+
+    An unanswered exercise (None) is only mentioned, a wrong answer raises AssertionError with the
+    hint.
+    """
+    if answer is None:
+        print("Not answered yet.")
+        return
+    if isinstance(expected, float | int) and not isinstance(expected, bool):
+        right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
+    else:
+        right = answer == expected
+    assert right, f"Not yet. {hint}"
+    print("Right.")

@@ -1,0 +1,83 @@
+"""One style for every figure: colour-blind safe, never colour alone, legible in print."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK = OKABE_ITO
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Widths in inches of one and of two columns of a printed page.
+COLUMN, PAGE = 3.4, 7.0
+
+STYLE = {
+    "axes.prop_cycle": cycler(color=OKABE_ITO, linestyle=LINES, marker=MARKERS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "font.size": 8.5,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "figure.figsize": (PAGE * 0.62, 2.9),
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kdlib",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The book's style, for the figures made inside."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def use_style() -> None:
+    """The book's style, for the rest of the process."""
+    mpl.rcParams.update(STYLE)
+
+
+def name_lines(axes: Axes, room: float = 0.22) -> None:
+    """Write each line's label at its right end instead of a legend, apart from each other."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    low, high = axes.get_ylim()
+    step = (high - low) * 0.075
+    ends = sorted((line.get_ydata()[-1], line) for line in lines) if lines else []
+    position = low - step
+    for end, line in sorted(ends, key=lambda pair: pair[0]):
+        position = max(end, position + step)
+        axes.annotate(
+            line.get_label(),
+            (line.get_xdata()[-1], position),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=line.get_color(),
+            annotation_clip=False,
+        )
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + (right - left) * room)
+
+
+def stamp(figure: Figure, text: str) -> None:
+    """A word across the figure that goes wherever the figure goes."""
+    figure.text(
+        0.5, 0.5, text, ha="center", va="center", rotation=20, fontsize=22, color="#000000",
+        alpha=0.10, zorder=10,
+    )  # fmt: skip

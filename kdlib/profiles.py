@@ -1,0 +1,155 @@
+"""Profiles: what is shrunk, and how. One table each; no notebook asks which profile it runs in.
+
+A notebook states the paper's own quantities; the profile maps them to those that are run.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from kdlib.data import canonical_name, label
+from kdlib.errors import UnknownName
+from kdlib.methods import CrossEntropy, Method
+from kdlib.runs import Recipe, Run
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A mapping from the papers' quantities to those that are run.
+
+    Attributes:
+        length: run epochs per paper epoch.
+        seeds: one training each.
+        datasets: what stands in for a paper's data set; the paper's own where not named.
+        models: likewise for networks.
+        images: train on so many images only; None for all.
+        evidence: whether a result may count for or against a paper at all.
+    """
+
+    name: str
+    length: float
+    seeds: tuple[int, ...]
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    images: int | None = None
+    evidence: bool = True
+
+    @property
+    def faithful(self) -> bool:
+        """Whether nothing is shrunk and nothing stands in for anything."""
+        return self.length == 1 and not (self.datasets or self.models or self.images)
+
+    def epochs(self, paper: int) -> int:
+        """The paper's number of epochs, in this profile: at least one."""
+        return max(1, round(paper * self.length))
+
+    def dataset(self, paper: str) -> str:
+        return self.datasets.get(paper, paper)
+
+    def model(self, paper: str) -> str:
+        return self.models.get(paper, paper)
+
+    def recipe(self, epochs: int, milestones: Iterable[int] = (), **settings) -> Recipe:
+        """The paper's recipe, its epochs and milestones scaled."""
+        return Recipe(
+            epochs=self.epochs(epochs), milestones=tuple(map(self.epochs, milestones)), **settings
+        )
+
+    def run(
+        self,
+        data: str,
+        model: str,
+        recipe: Recipe,
+        method: Method = CrossEntropy(),
+        seed: int = 0,
+        keep: Iterable[int] = (),
+    ) -> Run:
+        """A run named as the paper names it; ``keep`` are the paper's epochs."""
+        return Run(
+            data=self.dataset(data),
+            model=self.model(model),
+            recipe=recipe,
+            method=method,
+            seed=seed,
+            images=self.images,
+            keep=tuple(map(self.epochs, keep)),
+        )
+
+    def settings(self, **paper) -> pd.DataFrame:
+        """A table of the paper's settings beside this profile's.
+
+        Keys name the quantity, values are the paper's: a data set or network by name, a number of
+        epochs or several as ``range`` of numbers in a key that ends in ``epochs``.
+        """
+        rows = []
+        for key, value in paper.items():
+            if key.endswith("epochs"):
+                several = value if isinstance(value, list | tuple) else [value]
+                here = ", ".join(str(self.epochs(epoch)) for epoch in several)
+                value = ", ".join(map(str, several))
+            elif key.startswith("data"):
+                here = label(self.dataset(value))
+            else:
+                here = self.model(value)
+            rows.append((key.replace("_", " "), value, here))
+        rows.append(("seeds", "not stated", len(self.seeds)))
+        rows.append(("training images", "all", self.images or "all"))
+        return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
+
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke",
+        length=1 / 20,
+        seeds=(0, 1),
+        datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
+        models={"resnet50": "resnet8"},
+        images=1500,
+        evidence=False,
+    ),
+    "course": Profile(
+        name="course",
+        length=1 / 10,
+        seeds=(0, 1, 2),
+        models={"resnet50": "resnet50-x0.5"},
+    ),
+    "paper": Profile(name="paper", length=1, seeds=(0, 1, 2)),
+}
+
+
+def open_profile(
+    name: str = "smoke",
+    seeds: Iterable[int] | None = None,
+    data: Mapping[str, str] | str | None = None,
+) -> Profile:
+    """A profile by name, with other seeds or data sets where a reader asks for them.
+
+    Args:
+        name: ``smoke``, ``course`` or ``paper``.
+        seeds: instead of the profile's own.
+        data: what stands in for a data set: ``{"cifar100": "folder:/photos"}``, or the same as
+            text, ``"cifar100=folder:/photos"``, several separated by commas.
+
+    Raises:
+        UnknownName: for a profile or data set that does not exist.
+    """
+    if name not in PROFILES:
+        raise UnknownName("profile", name, PROFILES)
+    profile = PROFILES[name]
+    if seeds is not None:
+        profile = replace(profile, seeds=tuple(seeds))
+    if data:
+        pairs = data if isinstance(data, Mapping) else _pairs(data)
+        canonical = {paper: canonical_name(own) for paper, own in pairs.items()}
+        profile = replace(profile, datasets={**profile.datasets, **canonical})
+    return profile
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    for paper, separator, own in pairs:
+        canonical_name(paper)
+        if not (separator and own):
+            raise ValueError(f"{text!r} does not read as NAME=DATA, such as cifar100=folder:PATH.")
+    return {paper: own for paper, _, own in pairs}
