@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -198,7 +199,7 @@ def _contrasts(claim: dict) -> list[dict[str, float]]:
             return [claim["contrast"]]
         case "ordering":
             order = claim["order"]
-            return [{a: 1, b: -1} for a, b in zip(order, order[1:], strict=False)]
+            return [{a: 1, b: -1} for a, b in pairwise(order)]
         case "best":
             sign = 1 if claim.get("sense", "max") == "max" else -1
             return [{claim["cell"]: sign, rival: -sign} for rival in claim["among"]]

@@ -171,12 +171,12 @@ class Exhibit:
         same.
         """
         about = self.provenance()
-        self._write("table.csv", self.long_table().to_csv(index=False), about)
-        title = f"{self.name}, profile {self.profile.name}, {about['data']}"
-        warning = "" if self.profile.evidence else f"\n**{NO_EVIDENCE}.**\n"
-        body = _markdown(self.table())
-        self._write("table.md", f"# {title}\n{warning}\n{body}\n", about)
-        self._write("verdicts.csv", as_table(self._verdicts).to_csv(index=False), about)
+        if self.cells:
+            warning = "" if self.profile.evidence else f"\n**{NO_EVIDENCE}.**\n"
+            title = f"# {self.name}, profile {self.profile.name}, {about['data'] or 'no data'}\n"
+            self._write("table.csv", self.long_table().to_csv(index=False), about)
+            self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)
+            self._write("verdicts.csv", as_table(self._verdicts).to_csv(index=False), about)
         records = files.results() / self.profile.name / "records"
         for trained in self.used.values():
             store.copy_record(trained.run, records)

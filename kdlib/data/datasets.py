@@ -102,7 +102,7 @@ def _load(name: str, split: str, device: str) -> Images:
         pixels, labels, class_names = _torchvision(name, split)
     else:
         pixels, labels, class_names, kind = _folder(name, split)
-    kind = KINDS[name] if name in KINDS else kind
+    kind = KINDS.get(name) or kind
     pixels = F.pad(torch.from_numpy(pixels), (0, 0, kind.pad, kind.pad, kind.pad, kind.pad))
     return Images(
         name=label(name),

@@ -106,7 +106,7 @@ class Images:
 
 
 def _mirror(crop: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror the images of ``crop`` ``[b, size, size, channels]`` that ``flipped`` ``[b]`` marks."""
+    """Mirror those images ``[b, size, size, channels]`` that ``flipped`` ``[b]`` marks."""
     if crop.is_cuda:  # finding the marked ones would wait for the device
         return torch.where(flipped[:, None, None, None], crop.flip(2), crop)
     marked = flipped.nonzero().squeeze(1)  # a third of the time of `where` on a CPU

@@ -172,7 +172,7 @@ class Lane:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Accuracy in %, mean cross-entropy and mean KL to this epoch's teacher, on the test set."""
+        """On the test set: accuracy in %, mean cross-entropy, mean KL to this epoch's teacher."""
         self.model.eval()
         bank = self._bank(self.test)
         sums = torch.zeros(3, device=self.device)

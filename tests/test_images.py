@@ -1,0 +1,127 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib import load_data
+from kdlib.data import Images
+
+SIZE = 6
+
+
+def make_images(pad, flip, channels, count=3):
+    pixels = torch.zeros(count, SIZE + 2 * pad, SIZE + 2 * pad, channels, dtype=torch.uint8)
+    inner = torch.randint(256, (count, SIZE, SIZE, channels), generator=torch.manual_seed(0))
+    pixels[:, pad : pad + SIZE, pad : pad + SIZE] = inner.byte()
+    images = Images(
+        name="noise",
+        split="train",
+        pixels=pixels,
+        labels=torch.arange(count) % 2,
+        class_names=("a", "b"),
+        mean=(0.5, 0.4, 0.3)[:channels],
+        std=(0.2, 0.3, 0.4)[:channels],
+        pad=pad,
+        flip=flip,
+    )
+    return images, inner.numpy()
+
+
+def by_hand(image, pad, flip, dy, dx, mean, std):
+    """Zero padding, cropping, flipping, scaling and normalising of one ``[h, w, c]`` image."""
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    crop = padded[dy : dy + SIZE, dx : dx + SIZE]
+    crop = crop[:, ::-1] if flip else crop
+    return ((crop / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("pad", "flip", "channels", "views"),
+    [(4, True, 3, 162), (4, True, 1, 162), (1, False, 1, 9), (1, True, 3, 18), (0, False, 1, 1)],
+)
+def test_every_view_equals_pad_crop_flip_normalise(pad, flip, channels, views):
+    images, inner = make_images(pad, flip, channels)
+    assert images.views == views
+    outcomes = itertools.product((False, True)[: 1 + flip], *2 * [range(2 * pad + 1)])
+    for view, (flipped, dy, dx) in enumerate(outcomes):
+        batch = images.batch(torch.arange(3), torch.full((3,), view))
+        for image, got in zip(inner, batch.numpy(), strict=True):
+            expected = by_hand(image, pad, flipped, dy, dx, images.mean, images.std)
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_mixed_batch_is_its_images_one_by_one():
+    images, _ = make_images(pad=4, flip=True, channels=3)
+    index, view = torch.tensor([2, 0, 0, 1, 2]), torch.tensor([161, 0, 81, 40, 161])
+    single = [images.batch(index[k : k + 1], view[k : k + 1]) for k in range(5)]
+    assert torch.equal(images.batch(index, view), torch.cat(single))
+
+
+def test_a_batch_is_float32_in_channels_last_layout():
+    images, _ = make_images(pad=4, flip=True, channels=3)
+    batch = images.batch(torch.tensor([0, 1]), torch.tensor([3, 100]))
+    assert batch.shape == (2, 3, SIZE, SIZE)
+    assert batch.dtype == torch.float32
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_views_a_batch_is_the_images_themselves():
+    images, inner = make_images(pad=4, flip=True, channels=3)
+    index = torch.tensor([1, 2])
+    pixels = torch.from_numpy(inner[1:]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (images.mean, images.std))
+    torch.testing.assert_close(images.batch(index), (pixels - mean) / std)
+    centre = torch.full_like(index, images.centre)
+    assert torch.equal(images.batch(index), images.batch(index, centre))
+
+
+def test_batches_leave_the_pixels_alone():
+    images, _ = make_images(pad=4, flip=True, channels=3)
+    before = images.pixels.clone()
+    images.batch(torch.arange(3), torch.tensor([161, 100, 0]))
+    assert torch.equal(images.pixels, before)
+
+
+def test_first_keeps_the_first_images():
+    images, _ = make_images(pad=4, flip=True, channels=3)
+    two = images.first(2)
+    index, view = torch.tensor([1, 0]), torch.tensor([161, 7])
+    assert len(two) == len(two.pixels) == 2
+    assert torch.equal(two.labels, images.labels[:2])
+    assert torch.equal(two.batch(index, view), images.batch(index, view))
+
+
+@pytest.mark.parametrize("count", [None, 3, 99])
+def test_first_of_all_is_all(count):
+    images, _ = make_images(pad=1, flip=False, channels=1)
+    assert images.first(count) is images
+
+
+def test_digits_are_split_into_1438_and_359_without_a_shared_image():
+    from sklearn.datasets import load_digits
+
+    train, test = load_data("digits"), load_data("digits", "test")
+    assert (len(train), len(test)) == (1438, 359)
+    ours = torch.cat([train.pixels, test.pixels])[:, 1:-1, 1:-1, 0].flatten(1)
+    all_digits = torch.tensor(np.round(load_digits().data * (255 / 16)), dtype=torch.uint8)
+    rows = [sorted(map(bytes, part.numpy())) for part in (ours, all_digits)]
+    assert rows[0] == rows[1]
+
+
+def test_digits_are_uint8_with_a_border_of_zeros():
+    digits = load_data("digits", "test")
+    assert digits.pixels.shape == (359, 10, 10, 1)
+    assert digits.pixels.dtype == torch.uint8
+    border = digits.pixels.clone()
+    border[:, 1:-1, 1:-1] = 0
+    assert not border.any()
+    assert digits.pixels.max() == 255
+    assert (digits.size, digits.channels, digits.classes, digits.views) == (8, 1, 10, 9)
+
+
+def test_digits_are_normalised():
+    digits = load_data("digits")
+    batch = digits.batch(torch.arange(len(digits)))
+    assert abs(batch.mean()) < 0.01
+    assert abs(batch.std() - 1) < 0.01

@@ -1,0 +1,48 @@
+"""The notebooks of the book, in reading order, and what each says of itself."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCORECARD = "book/scorecard"
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook of the book.
+
+    Attributes:
+        exhibit: what it reproduces, such as ``rco/table1``.
+        cost: expected time by profile, measured or said to be an estimate.
+    """
+
+    path: Path
+    exhibit: str
+    title: str
+    cost: dict[str, str]
+
+
+def notebooks() -> list[Notebook]:
+    """All notebooks in reading order, the scorecard last."""
+    found = []
+    for path in [*ROOT.glob("notebooks/[0-9]*.ipynb"), *ROOT.glob("notebooks/*/[0-9]*.ipynb")]:
+        about = json.loads(path.read_text())["metadata"]["kdlib"]
+        found.append(Notebook(path, about["exhibit"], about["title"], about["cost"]))
+    chapters = ["book", "rco", "stc", "search", "kr"]
+    return sorted(
+        found,
+        key=lambda n: (
+            n.exhibit == SCORECARD, chapters.index(n.exhibit.partition("/")[0]), n.path.name,
+        ),
+    )  # fmt: skip
+
+
+def code_hash() -> str:
+    """Hash of everything besides the notebook that an exhibit is computed from."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("kdlib/**/*.py"), *ROOT.glob("results/published/*")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,49 @@
+# Sourced by run_all.sh and run_tests.sh: finds or makes the Python environment and sets $PYTHON.
+#
+# 1. $KDLIB_VENV, if set: that environment, made if it is not there.
+# 2. The active environment (venv or conda), if it satisfies pyproject.toml.
+# 3. .venv in this checkout, made if it is not there.
+
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+die() { printf '%s\n' "$*" >&2; exit 1; }
+
+find_python() {
+  local name
+  for name in python3.13 python3.12 python3.11 python3 python; do
+    if command -v "$name" >/dev/null &&
+       "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$name"; return
+    fi
+  done
+  die "Python 3.11 or newer is needed and was not found on PATH."
+}
+
+make_environment() {  # make_environment DIRECTORY
+  local venv=$1 python=$1/bin/python wanted
+  [ -x "$python" ] || "$(find_python)" -m venv "$venv"
+  wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
+  if [ "$(cat "$venv/kdlib-requirements" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing the packages into $venv (once; torch with its libraries takes minutes) …"
+    "$python" -m pip install --quiet --upgrade pip
+    (cd "$ROOT" && "$python" -m pip install --quiet -c constraints.txt -e '.[test]') ||
+      die "The installation failed; what pip says stands above. Mend it and call again."
+    printf '%s\n' "$wanted" > "$venv/kdlib-requirements"
+  elif ! PYTHONPATH='' "$python" "$ROOT/workflow/requirements_met.py" --installed-here; then
+    (cd "$ROOT" && "$python" -m pip install --quiet --no-deps -e .)
+  fi
+  PYTHON=$python
+}
+
+if [ -n "${KDLIB_VENV:-}" ]; then
+  make_environment "$KDLIB_VENV"
+elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && command -v python >/dev/null &&
+     python "$ROOT/workflow/requirements_met.py"; then
+  PYTHON=$(command -v python)
+else
+  make_environment "$ROOT/.venv"
+fi
+export PYTHON
+PATH="$(dirname "$PYTHON"):$PATH"
