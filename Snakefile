@@ -29,7 +29,7 @@ def done(exhibit):
 
 def command(exhibit, **parameters):
     values = [f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in parameters.items()]
-    words = [sys.executable, book.ROOT / "workflow" / "execute.py", ALL[exhibit].path]
+    words = ["python", book.ROOT / "workflow" / "execute.py", ALL[exhibit].path]
     return " ".join([*(shlex.quote(str(w)) for w in (*words, executed(exhibit))), *values])
 
 

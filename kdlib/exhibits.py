@@ -111,8 +111,9 @@ class Exhibit:
         long = self.long_table()
         wide: dict[tuple[str, str], dict[str, str]] = {}
         for cell in long.itertuples():
-            unit = f" ({cell.unit})" if cell.unit not in ("", cell.column) else ""
-            head = cell.column.replace("_", " ") + unit
+            head = cell.column.replace("_", " ")
+            if cell.unit.lower() not in cell.column:
+                head += f" ({cell.unit})"
             if not np.isnan(cell.paper):
                 wide.setdefault((head, "paper"), {})[cell.row] = _number(cell.paper)
             if cell.n:
@@ -151,7 +152,7 @@ class Exhibit:
             data: the plotted numbers.
             alt: what the figure shows, for who cannot see it.
         """
-        if not self.profile.evidence:
+        if self.used and not self.profile.evidence:
             plots.stamp(figure, NO_EVIDENCE)
         about = self.provenance() | {"alt": alt}
         for kind in ("png", "svg"):
@@ -172,7 +173,7 @@ class Exhibit:
         """
         about = self.provenance()
         if self.cells:
-            warning = "" if self.profile.evidence else f"\n**{NO_EVIDENCE}.**\n"
+            warning = "" if self.profile.evidence or not self.used else f"\n**{NO_EVIDENCE}.**\n"
             title = f"# {self.name}, profile {self.profile.name}, {about['data'] or 'no data'}\n"
             self._write("table.csv", self.long_table().to_csv(index=False), about)
             self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)

@@ -7,6 +7,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -53,15 +54,20 @@ def use_style() -> None:
     mpl.rcParams.update(STYLE)
 
 
-def name_lines(axes: Axes, room: float = 0.22) -> None:
+def epoch_axis(axes: Axes, label: str = "epoch") -> None:
+    """Whole epochs on the x axis."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def name_lines(axes: Axes) -> None:
     """Write each line's label at its right end instead of a legend, apart from each other."""
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     low, high = axes.get_ylim()
     step = (high - low) * 0.075
-    ends = sorted((line.get_ydata()[-1], line) for line in lines) if lines else []
     position = low - step
-    for end, line in sorted(ends, key=lambda pair: pair[0]):
-        position = max(end, position + step)
+    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
+        position = max(line.get_ydata()[-1], position + step)
         axes.annotate(
             line.get_label(),
             (line.get_xdata()[-1], position),
@@ -71,8 +77,6 @@ def name_lines(axes: Axes, room: float = 0.22) -> None:
             color=line.get_color(),
             annotation_clip=False,
         )
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right + (right - left) * room)
 
 
 def stamp(figure: Figure, text: str) -> None:

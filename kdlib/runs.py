@@ -50,7 +50,7 @@ class Run:
     Attributes:
         data: name for ``load_data``.
         model: name for ``build_model``.
-        images: train on the first so many images only; None for all.
+        images: train on the first so many images only, classes in turn; None for all.
         keep: epochs whose weights stay in the store besides the last. Not part of the id: a kept
             checkpoint changes no number.
 

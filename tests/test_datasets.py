@@ -28,12 +28,12 @@ def pixels_of(images):
 
 
 def test_an_unknown_data_set_names_the_closest():
-    with pytest.raises(UnknownName, match="no data set 'cifar11'.*cifar10"):
+    with pytest.raises(UnknownName, match=r"no data set 'cifar11'.*cifar10"):
         load_data("cifar11")
 
 
 def test_an_unknown_split_names_the_splits():
-    with pytest.raises(UnknownName, match="no split 'val'.*test.*train"):
+    with pytest.raises(UnknownName, match=r"no split 'val'.*test.*train"):
         load_data("digits", "val")
 
 
@@ -136,7 +136,7 @@ def test_a_canonical_name_loads_where_its_folder_was_named(photos):
     assert len(load_data(name)) == 8
     datasets._folders.clear()
     datasets._load.cache_clear()
-    with pytest.raises(DataError, match="'photos'.*folder:PATH"):
+    with pytest.raises(DataError, match=r"'photos'.*folder:PATH"):
         load_data(name)
 
 
@@ -256,7 +256,7 @@ def test_a_damaged_cifar_archive_says_what_to_do(cifar, tmp_path):
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="cifar10 is missing or damaged.*-m kdlib.data cifar10"):
+    with pytest.raises(DataError, match=r"cifar10 is missing or damaged.*-m kdlib.data cifar10"):
         load_data("cifar10")
 
 
@@ -294,7 +294,7 @@ def test_mnist_loads_from_its_own_files(mnist):
 @pytest.mark.parametrize("length", [0, 3, 500])
 def test_a_truncated_mnist_file_says_what_to_do(mnist, length):
     os.truncate(mnist[0] / "train-images-idx3-ubyte", length)
-    with pytest.raises(DataError, match="mnist.*-m kdlib.data mnist"):
+    with pytest.raises(DataError, match=r"mnist.*-m kdlib.data mnist"):
         load_data("mnist")
 
 

@@ -21,18 +21,25 @@ find_python() {
   die "Python 3.11 or newer is needed and was not found on PATH."
 }
 
+pip_install() {  # pip_install DIRECTORY ARGUMENTS...
+  local venv=$1
+  shift
+  (cd "$ROOT" && "$venv/bin/python" -m pip install "$@") > "$venv/install.log" 2>&1 || {
+    tail -n 25 "$venv/install.log" >&2
+    die "The installation failed. Mend what stands above and call again; all of it: $venv/install.log"
+  }
+}
+
 make_environment() {  # make_environment DIRECTORY
   local venv=$1 python=$1/bin/python wanted
   [ -x "$python" ] || "$(find_python)" -m venv "$venv"
   wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
   if [ "$(cat "$venv/kdlib-requirements" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the packages into $venv (once; torch with its libraries takes minutes) …"
-    "$python" -m pip install --quiet --upgrade pip
-    (cd "$ROOT" && "$python" -m pip install --quiet -c constraints.txt -e '.[test]') ||
-      die "The installation failed; what pip says stands above. Mend it and call again."
+    pip_install "$venv" -c constraints.txt -e '.[test]'
     printf '%s\n' "$wanted" > "$venv/kdlib-requirements"
   elif ! PYTHONPATH='' "$python" "$ROOT/workflow/requirements_met.py" --installed-here; then
-    (cd "$ROOT" && "$python" -m pip install --quiet --no-deps -e .)
+    pip_install "$venv" --no-deps -e .
   fi
   PYTHON=$python
 }

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -68,10 +69,15 @@ class Images:
         return self.pixels.device
 
     def first(self, count: int | None) -> "Images":
-        """The first ``count`` images; all of them for None."""
+        """The first ``count`` images taking the classes in turn; all of them for None.
+
+        In turn, since folders list their images class by class.
+        """
         if count is None or count >= len(self):
             return self
-        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+        turn = F.one_hot(self.labels, self.classes).cumsum(0).gather(1, self.labels[:, None])
+        chosen = turn.squeeze(1).argsort(stable=True)[:count].sort().values
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
 
     def batch(self, index: Tensor, view: Tensor | None = None) -> Tensor:
         """Normalised float32 images ``[b, channels, size, size]`` in channels_last layout.

@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from kdlib import build_model, load_data
+from kdlib.engine import LabelBank, bank, plan
+
+
+@pytest.fixture
+def images():
+    return load_data("digits").first(64)
+
+
+def make_teacher(seed=0):
+    """Its batch norms have statistics of their own, as a trained teacher's have."""
+    teacher = build_model("resnet8-x0.25", classes=10, channels=1, seed=seed)
+    digits = load_data("digits")
+    teacher(digits.batch(torch.arange(200)))
+    return teacher.eval()
+
+
+@pytest.fixture
+def requests(images):
+    """Images and views of three epochs: of 576 possible ones, some come twice."""
+    return [plan(0, epoch, len(images), images.views) for epoch in range(3)]
+
+
+def pairs(index, view):
+    return set(zip(index.tolist(), view.tolist(), strict=True))
+
+
+def test_targets_equal_the_live_teacher_to_the_bit(images, requests):
+    labels = LabelBank(make_teacher(), images)
+    assert labels.chunk == len(images)
+    for index, view in requests:
+        assert torch.equal(labels.targets(index, view), labels.live(index, view))
+
+
+def test_live_is_the_teacher_on_exactly_these_views(images, requests):
+    teacher = make_teacher()
+    index, view = requests[0]
+    with torch.no_grad():
+        expected = teacher(images.batch(index, view))
+    torch.testing.assert_close(LabelBank(teacher, images).live(index, view), expected)
+
+
+def test_targets_do_not_depend_on_when_they_were_computed(images, requests):
+    first, second = (LabelBank(make_teacher(), images) for _ in range(2))
+    for index, view in requests:
+        first.targets(index, view)
+    index, view = (torch.cat(parts) for parts in zip(*requests, strict=True))
+    shuffled = torch.randperm(len(index), generator=torch.manual_seed(1))
+    for part in shuffled.split(37):
+        second.targets(index[part], view[part])
+    assert torch.equal(first.targets(index, view), second.targets(index, view))
+
+
+def test_each_view_of_each_image_is_computed_at_most_once(images, requests, monkeypatch):
+    labels = LabelBank(make_teacher(), images)
+    swept, live = [], labels.live
+    monkeypatch.setattr(labels, "live", lambda i, v: swept.append(pairs(i, v)) or live(i, v))
+    for index, view in (*requests, *requests):
+        labels.targets(index, view)
+    asked = set.union(*(pairs(index, view) for index, view in requests))
+    assert set.union(*swept) == asked
+    assert sum(map(len, swept)) == len(asked)
+
+
+def test_what_is_known_needs_no_teacher(images, requests):
+    calls = []
+    teacher = make_teacher()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    labels = LabelBank(teacher, images)
+    labels.targets(*requests[0])
+    assert len(calls) == 1
+    labels.targets(*requests[0])
+    assert len(calls) == 1
+
+
+def test_every_sweep_has_one_shape(images, requests):
+    teacher, shapes = make_teacher(), set()
+    teacher.register_forward_hook(lambda _, inputs, __: shapes.add(inputs[0].shape[0]))
+    labels = LabelBank(teacher, images)
+    for index, view in requests:
+        labels.targets(index[:5], view[:5])
+        labels.targets(index, view)
+    assert shapes == {labels.chunk}
+
+
+def test_one_view_asked_for_twice_in_a_request_is_answered_twice(images):
+    labels = LabelBank(make_teacher(), images)
+    twice = labels.targets(torch.tensor([3, 5, 3]), torch.tensor([2, 0, 2]))
+    assert torch.equal(twice[0], twice[2])
+    assert not torch.equal(twice[0], twice[1])
+
+
+def test_a_teacher_in_train_mode_is_refused(images):
+    with pytest.raises(ValueError, match="eval mode"):
+        LabelBank(make_teacher().train(), images)
+
+
+def test_sweeps_leave_the_teacher_as_it_was(images, requests):
+    teacher = make_teacher()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    LabelBank(teacher, images).targets(*requests[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+# --- the shelf ------------------------------------------------------------------------------------
+
+
+def test_a_full_shelf_gives_up_the_bank_unused_for_longest(images, monkeypatch):
+    def make():
+        return LabelBank(make_teacher(), images)
+
+    monkeypatch.setattr(bank, "_budget", lambda device: 2 * make().bytes)
+    shelf = bank.Shelf()
+    first, second = shelf.get(("first",), make), shelf.get(("second",), make)
+    assert shelf.get(("first",), make) is first
+    shelf.get(("third",), make)
+    assert shelf.get(("first",), make) is first
+    assert shelf.get(("second",), make) is not second
+
+
+def test_a_shelf_keeps_the_bank_at_work_even_beyond_its_budget(images, monkeypatch):
+    monkeypatch.setattr(bank, "_budget", lambda device: 0)
+    shelf = bank.Shelf()
+    only = shelf.get(("only",), lambda: LabelBank(make_teacher(), images))
+    assert shelf.get(("only",), lambda: None) is only
