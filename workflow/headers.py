@@ -1,8 +1,9 @@
-"""Write each notebook's generated cells: the badges with its cost, and the install cell for Colab.
+"""Write what is generated: each notebook's badges and install cell, and the README's map.
 
 python workflow/headers.py [--check]      the project's address comes from pyproject.toml alone
 """
 
+import re
 import sys
 import tomllib
 
@@ -54,8 +55,23 @@ def outdated(write: bool) -> list[str]:
     return found
 
 
+def readme() -> str:
+    """The README with its map of the notebooks as it should be."""
+    rows = ["| notebook | exhibit | what it shows | smoke |", "| --- | --- | --- | --- |"]
+    for n in book.notebooks():
+        inside = n.path.relative_to(book.ROOT)
+        rows.append(f"| [{n.path.name}]({inside}) | {n.exhibit} | {n.title} | {n.cost['smoke']} |")
+    marked = r"(<!-- map:.*?-->\n).*?(<!-- /map -->)"
+    text = (book.ROOT / "README.md").read_text()
+    return re.sub(marked, lambda m: m[1] + "\n".join(rows) + "\n" + m[2], text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
     checking = "--check" in sys.argv
     changed = outdated(write=not checking)
+    if readme() != (book.ROOT / "README.md").read_text():
+        changed.append("README.md")
+        if not checking:
+            (book.ROOT / "README.md").write_text(readme())
     print("\n".join(changed) or "All headers are as they should be.")
     sys.exit(bool(changed) and checking)
