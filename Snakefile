@@ -41,7 +41,7 @@ rule all:
 # would delete them before a job starts, and with them what a killed run resumes from.
 for name in EXHIBITS:
     rule:
-        name: name.replace("/", "_")
+        name: book.job_name(name)
         input: ALL[name].path
         output: touch(done(name))
         log: executed(name)
@@ -58,7 +58,8 @@ for name in EXHIBITS:
             "{params.command}"
 
 
-rule scorecard:
+rule:
+    name: book.job_name(book.SCORECARD)
     input: ALL[book.SCORECARD].path, [done(name) for name in EXHIBITS]
     output: touch(done(book.SCORECARD))
     log: executed(book.SCORECARD)

@@ -94,7 +94,8 @@ class Profile:
                 here = self.model(value)
             rows.append((key.replace("_", " "), value, here))
         rows.append(("seeds", "not stated", len(self.seeds)))
-        rows.append(("training images", "all", self.images or "all"))
+        most = f"at most {self.images}" if self.images else "all"
+        rows.append(("training images", "all", most))
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
 
 

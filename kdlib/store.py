@@ -68,7 +68,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()["about"])
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is not there.") from error
+        raise StoreError(
+            f"{path} is not there: `train([run], weights=True)`, with the epoch in the run's `keep`, "
+            f"makes it."
+        ) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({error}); training the run again mends it."
@@ -124,7 +127,8 @@ class Trained:
     def model(self, epoch: int | None = None) -> Staged:
         """The network after ``epoch`` epochs (None: at the end), in eval mode, on the CPU.
 
-        Raises StoreError where the store has no such weights, or damaged ones.
+        Raises StoreError where the store has no such weights, or damaged ones; where only a record
+        is there, ``train([run], weights=True)`` makes them.
         """
         return load_checkpoint(self.run, epoch or self.run.recipe.epochs)[0]
 
@@ -169,6 +173,15 @@ def copy_record(run: Run, destination: Path) -> None:
         files.write_atomic(destination / f"{run.id}.{path.name}", path.read_bytes())
     if (record := folder(run) / "record.jsonl").exists():
         files.write_atomic(destination / f"{run.id}.jsonl", record.read_bytes())
+
+
+def saved_fingerprint(run: Run, epoch: int) -> str | None:
+    """What a checkpoint says its fingerprint is, without reading the weights; None without one."""
+    try:
+        with safe_open(weights_path(run, epoch), "pt") as file:
+            return json.loads(file.metadata()["about"])["fingerprint"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def has_weights(run: Run, epochs: Iterable[int]) -> bool:

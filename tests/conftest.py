@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kdlib import Recipe, Run
 from kdlib.data import datasets
 from kdlib.engine.train import BANKS
+
+# Networks as small as these gain nothing from a second thread and lose much where a core is busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

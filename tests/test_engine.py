@@ -418,7 +418,10 @@ def processes(tmp_path, monkeypatch):
     def start(count):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-c", SCRIPT]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         new = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
         started.extend(new)
         assert all(process.stdout.readline() == "ready\n" for process in new)

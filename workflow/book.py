@@ -39,6 +39,11 @@ def notebooks() -> list[Notebook]:
     )  # fmt: skip
 
 
+def job_name(exhibit: str) -> str:
+    """The name of an exhibit's job in the graph."""
+    return exhibit.replace("/", "_")
+
+
 def code_hash() -> str:
     """Hash of everything besides the notebook that an exhibit is computed from."""
     digest = hashlib.sha256()

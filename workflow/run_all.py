@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -127,6 +128,19 @@ def snakemake(arguments: argparse.Namespace) -> list[str]:
     return command
 
 
+def dry_run(command: list[str]) -> int:
+    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    if plan.returncode:
+        print(plan.stdout + plan.stderr, file=sys.stderr)
+        return plan.returncode
+    jobs = set(re.findall(r"^rule (\w+):", plan.stdout + plan.stderr, re.MULTILINE))
+    named = [n for n in book.notebooks() if book.job_name(n.exhibit) in jobs]
+    print(
+        "\n".join(f"would run {n.exhibit}: {n.title}" for n in named) or "There is nothing to do."
+    )
+    return 0
+
+
 def main() -> int:
     arguments = parse()
     if arguments.list:
@@ -136,9 +150,7 @@ def main() -> int:
     results = Path(os.environ.get("KDLIB_RESULTS") or ROOT / "results") / arguments.profile
     log = Path(os.environ.get("KDLIB_HOME") or ROOT / "runs") / "logs" / "snakemake.log"
     if arguments.dry_run:
-        plan = subprocess.run([*command, "--dry-run", "--quiet"], capture_output=True, text=True)
-        print(plan.stdout.strip() or plan.stderr.strip() or "Nothing to do.")
-        return plan.returncode
+        return dry_run(command)
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"Profile {arguments.profile}: {PROFILES[arguments.profile]}.", flush=True)
     try:

@@ -209,6 +209,7 @@ class Lane:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             before = {name: t.clone() for name, t in self.model.state_dict().items()}
+            scaling = self.scaler.state_dict()
             resumed = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
             for _ in range(3):  # allocates momentum, lets cuDNN choose, fills autograd's caches
                 self.step()
@@ -221,6 +222,8 @@ class Lane:
             for p, state in self.optimizer.state.items():
                 # For a new run zero: a zero buffer updates as the rule of the first step does.
                 state["momentum_buffer"].copy_(resumed.get(p, torch.zeros_like(p)))
+            if scaling:
+                self.scaler.load_state_dict(scaling)
             self.cursor.zero_()
             for total in self.meter.values():
                 total.zero_()
@@ -258,6 +261,10 @@ class Lane:
             if self._state_path.exists():
                 warnings.warn(f"{error} {self.run} starts anew.", stacklevel=2)
             return
+        for teacher, epoch in self.run.method.anchors(self.run.recipe.epochs):
+            before = about["teachers"].get(f"{teacher.id}@{epoch}")
+            if before and before != store.saved_fingerprint(teacher, epoch):
+                return  # the teacher moved: what was learned from it does not count
         passed = {str(epoch) for epoch in self.run.keep if epoch <= len(about["log"])}
         if not passed <= about["weights"].keys():
             return  # a checkpoint is asked for now that was not kept then

@@ -24,7 +24,10 @@ BANKS = Shelf()
 
 
 def train(
-    runs: Iterable[Run], device: str | torch.device | None = None, lanes: int | None = None
+    runs: Iterable[Run],
+    device: str | torch.device | None = None,
+    lanes: int | None = None,
+    weights: bool = False,
 ) -> list[Trained]:
     """Train what the store and the committed records do not have yet; return one result per run.
 
@@ -35,6 +38,7 @@ def train(
         device: ``cpu``, ``cuda``, …; None takes a GPU if there is one.
         lanes: how many students train at a time; None takes 1 on a CPU and 8 on a GPU. Fewer where
             memory runs out.
+        weights: train also those runs of which only a record is there.
 
     Raises:
         NotFinite: a loss left the finite numbers.
@@ -43,7 +47,7 @@ def train(
     runs, device = list(runs), pick_device(device)
     torch.set_flush_denormal(True)
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
-    _ensure(_merge(runs), device, lanes)
+    _ensure(_merge(runs), device, lanes, weights)
     return [store.find_record(run) for run in runs]
 
 
@@ -56,18 +60,18 @@ def _merge(runs: Iterable[Run]) -> list[Run]:
     return list(merged.values())
 
 
-def _ensure(runs: list[Run], device: torch.device, lanes: int) -> None:
-    missing = [run for run in runs if not _complete(run)]
-    if not missing:
+def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) -> None:
+    if not (missing := _incomplete(runs, weights)):
         return
-    _ensure(_teachers(missing), device, lanes)
+    _ensure(_teachers(missing), device, lanes, weights=True)
+    missing = _incomplete(runs, weights)  # a teacher trained anew outdates all its students
     progress = Progress(sum(run.recipe.epochs for run in missing))
     try:
         while missing:
             for data, images in {(run.data, run.images) for run in missing}:
                 together = [r for r in missing if (r.data, r.images) == (data, images)]
-                lanes = _train_some(together, device, lanes, progress)
-            missing = [run for run in missing if not _complete(run)]
+                lanes = _train_some(together, device, lanes, progress, weights)
+            missing = _incomplete(missing, weights)
     finally:
         progress.close()
 
@@ -78,10 +82,21 @@ def _teachers(runs: list[Run]) -> list[Run]:
     return _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
 
 
-def _complete(run: Run) -> bool:
-    """Whether nothing is left to do: a record, its kept weights, and teachers that did not move."""
+def _incomplete(runs: list[Run], weights: bool) -> list[Run]:
+    return [run for run in runs if not _complete(run, weights)]
+
+
+def _complete(run: Run, weights: bool) -> bool:
+    """Whether nothing is left to do: there is a record, and the teachers did not move since.
+
+    A record alone will do where weights are not needed, as in a clone without a store. Where the
+    store has the run, all checkpoints that it is asked to keep must be there.
+    """
     trained = store.find_record(run)
-    if trained is None or not store.has_weights(run, run.keep):
+    last = run.recipe.epochs
+    if trained is None or not store.has_weights(run, {last} if weights else ()):
+        return False
+    if store.has_weights(run, {last}) and not store.has_weights(run, run.keep):
         return False
     for teacher, epoch in run.method.anchors(run.recipe.epochs):
         record = store.find_record(teacher)
@@ -96,7 +111,9 @@ def _complete(run: Run) -> bool:
     return True
 
 
-def _train_some(runs: list[Run], device: torch.device, lanes: int, progress: Progress) -> int:
+def _train_some(
+    runs: list[Run], device: torch.device, lanes: int, progress: Progress, weights: bool
+) -> int:
     """Train up to ``lanes`` of the runs that no other process is training.
 
     Where all of them are being trained elsewhere, wait a little. Nothing waits while it holds a
@@ -111,7 +128,7 @@ def _train_some(runs: list[Run], device: torch.device, lanes: int, progress: Pro
                 locks.enter_context(store.lock(run).acquire(blocking=False))
             except Timeout:
                 continue
-            if not _complete(run):  # it may have been finished while we asked for the lock
+            if not _complete(run, weights):  # it may have been finished while we asked for the lock
                 mine.append(run)
         if not mine:
             time.sleep(0.2)

@@ -70,6 +70,11 @@ class KD(Method):
     ce_weight: float = 1.0
     kd_weight: float = 1.0
 
+    def __post_init__(self):  # one training, one id: 5 is 5.0, and the last epoch is None
+        object.__setattr__(self, "temperature", float(self.temperature))
+        if self.at == self.teacher.recipe.epochs:
+            object.__setattr__(self, "at", None)
+
     def labeller(self, epoch):
         return self.teacher, self.at or self.teacher.recipe.epochs
 

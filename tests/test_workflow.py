@@ -1,0 +1,122 @@
+"""The command line, the papermill wrapper and the graph, run as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from kdlib.files import ROOT
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import execute
+
+
+def run_all(*words: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "workflow" / "run_all.py", *words]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"],
+    }
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, **kwargs
+    )
+
+
+def test_list_names_every_notebook_and_its_cost():
+    done = run_all("--list")
+    assert done.returncode == 0
+    for word in ("book/start_here", "rco/table1", "rco/table2", "rco/table3", "cost (smoke)"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--profile", "smok"], "Did you mean smoke"),
+        (["--only", "rco/tabel1"], "Did you mean rco/table1"),
+        (["--data", "cifar100"], "NAME=folder:PATH"),
+        (["--data", "cifar100=folder:/nowhere"], "there is no folder /nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_starts(words, expected):
+    done = run_all(*words)
+    assert done.returncode == 2
+    assert expected in done.stderr
+
+
+def test_dry_run_names_the_jobs_and_runs_none(tmp_path):
+    done = run_all("--dry-run", "--only", "rco/table3")
+    assert done.returncode == 0
+    assert "would run rco/table3" in done.stdout
+    assert "rco/table1" not in done.stdout
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
+def test_one_exhibit_runs_and_a_second_call_has_nothing_to_do(tmp_path):
+    first = run_all("--only", "rco/table3")
+    assert first.returncode == 0, first.stderr
+    assert "✓ rco/01_table3" in first.stdout
+    results = tmp_path / "results" / "smoke"
+    assert (results / "scorecard.html").exists()
+    assert (results / "rco" / "table3" / "table.md").exists()
+    executed = nbformat.read(results / "notebooks" / "rco" / "01_table3.ipynb", as_version=4)
+    assert executed.metadata.papermill.end_time
+    second = run_all("--only", "rco/table3")
+    assert "nothing to do" in second.stdout
+
+
+def test_interrupt_ends_cleanly_and_says_that_nothing_is_lost(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"],
+    }
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "workflow" / "run_all.py", "--only", "book/start_here"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "home" / "logs" / "smoke" / "book-start_here.log"
+    deadline = time.monotonic() + 90
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert log.exists(), "training never started"
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "the same command goes on from there" in output
+    assert not (tmp_path / "results" / "smoke" / "notebooks" / "00_start_here.ipynb").exists()
+
+
+def small_notebook(path, *sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[0].metadata.tags = ["parameters"]
+    metadata = {"kernelspec": {"display_name": "x", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+def test_parameters_arrive_typed(tmp_path):
+    notebook = small_notebook(tmp_path / "a.ipynb", "seeds = None", "assert seeds == [1, 2]")
+    output = tmp_path / "out" / "a.ipynb"
+    assert execute.execute(notebook, output, {"seeds": [1, 2]}) > 0
+    assert output.exists()
+
+
+def test_unknown_parameters_are_refused(tmp_path):
+    notebook = small_notebook(tmp_path / "a.ipynb", "seeds = None")
+    with pytest.raises(ValueError, match="no parameter sede"):
+        execute.execute(notebook, tmp_path / "out.ipynb", {"sede": 1})
+
+
+def test_a_failed_notebook_is_kept_aside_and_never_accepted(tmp_path):
+    notebook = small_notebook(tmp_path / "a.ipynb", "x = 1", "1 / 0")
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(execute.papermill.PapermillExecutionError):
+        execute.execute(notebook, output, {})
+    assert not output.exists()
+    assert "ZeroDivisionError" in json.dumps(nbformat.read(output.with_suffix(".failed.ipynb"), 4))
