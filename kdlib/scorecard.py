@@ -92,7 +92,7 @@ def forest(table: pd.DataFrame) -> Figure:
             color = VERDICTS[claim.verdict]
             if np.isfinite(claim.low):
                 bounds = np.clip([claim.low / claim.scale, claim.high / claim.scale], low, high)
-                axes.plot(bounds, [y, y], color=color, lw=1.6)
+                axes.plot(bounds, [y, y], color=color, lw=1.6, ls="-", marker="")
             marker = "<" if x < low else ">" if x > high else SHAPES.get(claim.verdict, "D")
             axes.plot(np.clip(x, low, high), y, marker=marker, color=color, ms=5)
         axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=titles[kind])

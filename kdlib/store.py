@@ -69,8 +69,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             return tensors, json.loads(file.metadata()["about"])
     except FileNotFoundError as error:
         raise StoreError(
-            f"{path} is not there: `train([run], weights=True)`, with the epoch in the run's `keep`, "
-            f"makes it."
+            f"{path} is not there. `train([run], weights=True)` makes it, given its epoch in the "
+            f"run's `keep`."
         ) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(

@@ -1,6 +1,7 @@
 """Regenerate the tables and figures of one profile, resuming where the last call stopped."""
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -62,6 +63,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     """Refuse wrong names here, with the closest right ones, before anything starts."""
     from kdlib.errors import UnknownName
 
+    slurm = "snakemake_executor_plugin_slurm"
+    if arguments.executor == "slurm" and importlib.util.find_spec(slurm) is None:
+        parser.error("SLURM needs a plugin: pip install -c constraints.txt -e '.[slurm]'")
     try:
         if arguments.profile not in PROFILES:
             raise UnknownName("profile", arguments.profile, PROFILES)

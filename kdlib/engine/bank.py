@@ -48,7 +48,7 @@ class LabelBank:
             self.known[i, v] = True
         return self.logits[index, view]
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode, whose tensors cannot enter a loss that is differentiated
     def live(self, index: Tensor, view: Tensor) -> Tensor:
         """The same logits from the teacher itself, one batch, nothing remembered."""
         with half_precision(self.images.device, torch.float16):

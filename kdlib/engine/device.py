@@ -26,7 +26,8 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 
 def half_precision(device: torch.device, dtype: torch.dtype):
-    """Autocast on a GPU, nothing on a CPU, whose half-precision convolutions are not trusted."""
+    """Autocast on a GPU; nothing on a CPU, where half-precision convolutions have been slower than
+    float32 and at times wrong (pytorch issues 183815, 163347, 169688)."""
     if device.type != "cuda" or dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast("cuda", dtype)

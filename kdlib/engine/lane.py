@@ -85,6 +85,7 @@ class Lane:
         self.index[: self.steps].copy_(index)
         self.view[: self.steps].copy_(view)
         if bank := self._bank(self.images):
+            # Copied here, not indexed in the step: a graph would keep one bank's address for good.
             flat = bank.targets(
                 self.index[: self.steps].flatten(), self.view[: self.steps].flatten()
             )
@@ -113,6 +114,7 @@ class Lane:
         view = self.view.index_select(0, self.cursor)[0]
         targets = self.targets.index_select(0, self.cursor)[0]
         labels = self.images.labels[index]
+        # Entered inside the step, so that the cache of cast weights belongs to the graph.
         with half_precision(self.device, self.dtype):
             x = self.images.batch(index, view)
             logits, terms = self.run.method.loss(self.model, x, labels, targets)
@@ -205,15 +207,21 @@ class Lane:
     # --- capture ----------------------------------------------------------------------------------
 
     def _capture(self) -> None:
-        """Record the step as a graph, leaving weights, statistics and momentum as they were."""
+        """Record the step as a graph, leaving weights, statistics and momentum as they were.
+
+        Every graph has a memory pool of its own: graphs that replay at the same time must not
+        share one. Warm-up runs on the stream that is captured, where library handles live.
+        """
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             before = {name: t.clone() for name, t in self.model.state_dict().items()}
             scaling = self.scaler.state_dict()
             resumed = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
-            for _ in range(3):  # allocates momentum, lets cuDNN choose, fills autograd's caches
+            for _ in range(3):  # allocates momentum and meters, lets cuDNN choose its kernels
+                self.cursor.zero_()
                 self.step()
             self.cursor.zero_()
+            # Gradients are allocated inside the graph; outside it zero_grad is never called again.
             self.optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):

@@ -30,6 +30,8 @@ class Cost:
 def count_cost(model: nn.Module, image_size: int, channels: int | None = None) -> Cost:
     """Count by shapes alone, on a copy without storage: no arithmetic is done.
 
+    Forward only; torch's own counter ignores groups in the backward of depthwise convolutions.
+
     Args:
         image_size: height and width of the square image.
         channels: of the image; None takes those of the model's first convolution.
