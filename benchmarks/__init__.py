@@ -5,9 +5,11 @@ turns (A B C, A B C, …), a ratio is taken within a round, and its median and r
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -32,13 +34,21 @@ def arguments(doc: str) -> argparse.Namespace:
     return options
 
 
-def seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Time that ``work`` takes, the device's part included."""
+class Turn(NamedTuple):
+    """One turn of a contender: images done, seconds that passed, CPU seconds of this process."""
+
+    images: int
+    wall: float
+    cpu: float
+
+
+def timed(work: Callable[[], None], images: int, device: torch.device) -> Turn:
+    """Do ``work``, which handles so many images; the device's part counts."""
     synchronize(device)
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
     synchronize(device)
-    return time.perf_counter() - started
+    return Turn(images, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,27 +58,30 @@ def synchronize(device: torch.device) -> None:
 
 def compare(
     case: str,
-    contenders: dict[str, Callable[[], float]],
+    contenders: dict[str, Callable[[], Turn]],
     ratios: dict[tuple[str, str], float | None],
-    rounds: int,
+    options: argparse.Namespace,
 ) -> Iterator[dict]:
     """One row per quantity and round: images/s of the contenders in turn, and their ratios.
 
     Args:
-        contenders: each runs once and returns its images/s.
-        ratios: (numerator, denominator) and the least value that the project aims at.
+        ratios: (faster, slower) and the least value that the project aims at.
     """
-    for turn in range(rounds):
-        speed = {}
+    for k in range(options.rounds):
+        turns = {}
         for name, run in contenders.items():
-            speed[name] = run()
-            yield row(case, f"{name}, images/s", speed[name], turn)
+            turns[name] = run()
+            yield row(case, f"{name}, images/s", turns[name].images / turns[name].wall, k)
         for (fast, slow), target in ratios.items():
-            yield row(case, f"{fast} / {slow}", speed[fast] / speed[slow], turn, target)
+            a, b = turns[fast], turns[slow]
+            share = a.images / b.images
+            yield row(case, f"{fast} / {slow}", share * b.wall / a.wall, k, target)
+            if options.device.type == "cpu":
+                yield row(case, f"{fast} / {slow}, by CPU time", share * b.cpu / a.cpu, k)
 
 
-def row(case: str, quantity: str, value: float, turn: int = 0, target: float | None = None) -> dict:
-    return {"case": case, "quantity": quantity, "round": turn, "value": value, "target": target}
+def row(case: str, quantity: str, value: float, k: int = 0, target: float | None = None) -> dict:
+    return {"case": case, "quantity": quantity, "round": k, "value": value, "target": target}
 
 
 def report(program: str, rows: list[dict], options: argparse.Namespace) -> None:
@@ -97,7 +110,10 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 def short(value: float) -> str:
     """Three significant digits."""
-    return f"{value:.2g}" if value < 0.01 else f"{float(f'{value:.3g}'):,g}"
+    if value < 0.01:
+        return f"{value:.2g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def fill_readme(out: Path) -> None:
@@ -106,9 +122,8 @@ def fill_readme(out: Path) -> None:
     for path in sorted(out.glob("*.csv")):
         table = pd.read_csv(path)
         program, _, device = path.stem.partition("-")
-        head = f"`python -m benchmarks.{program} --device {device}` on: {table.machine.iloc[0]}"
+        head = f"`python -m benchmarks.{program} --device {device}` on {table.machine.iloc[0]}:"
         sections.append(f"{head}\n\n{as_markdown(table)}")
     readme = HERE / "README.md"
     before, _, after = readme.read_text().split(MARKER)
-    text = "\n\n".join([f"{before}{MARKER}", *sections, f"{MARKER}{after}"])
-    readme.write_text(text)
+    readme.write_text("\n\n".join([before + MARKER, *sections, MARKER + after]))

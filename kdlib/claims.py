@@ -187,8 +187,7 @@ def _estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | No
     else:
         bounds = [interval(sample, tests=len(samples)) for sample in samples]
     weakest = min(range(len(samples)), key=lambda k: samples[k].mean())
-    low = min(low for low, _ in bounds)
-    high = min(high for _, high in bounds)
+    low, high = np.min(bounds, axis=0)  # NaN where any step has no interval
     return float(samples[weakest].mean()), float(low), float(high), len(samples[weakest])
 
 

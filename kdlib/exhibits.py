@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -124,7 +123,7 @@ class Exhibit:
     def _ours(self) -> str:
         return "ours" if self.profile.faithful else f"ours, {self.profile.name}"
 
-    @cached_property
+    @property
     def _verdicts(self) -> list[Verdict]:
         return judge(self.name, self.cells, self.profile.faithful)
 

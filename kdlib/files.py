@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from kdlib.errors import StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # its word for what the system refuses
+        raise StoreError(
+            f"Cannot write {path}: {error}. Nothing that stood there is lost: free some space "
+            f"there, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS (results)."
+        ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space there" if full else "make the folder writable"

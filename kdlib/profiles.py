@@ -142,7 +142,7 @@ def open_profile(
         profile = replace(profile, seeds=tuple(seeds))
     if data:
         pairs = data if isinstance(data, Mapping) else _pairs(data)
-        canonical = {paper: canonical_name(own) for paper, own in pairs.items()}
+        canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}
         profile = replace(profile, datasets={**profile.datasets, **canonical})
     return profile
 

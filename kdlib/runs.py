@@ -99,4 +99,5 @@ def describe(value):
         return parts
     if isinstance(value, tuple | list):
         return [describe(part) for part in value]
-    return value
+    # 1 and 1.0 are equal, and so are runs that differ in nothing else
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -5,17 +5,18 @@ one line per epoch, and a closing line. Exhibits copy the records they used to
 ``results/<profile>/records/``, where a clone without a store finds them.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,16 +32,21 @@ def folder(run: Run) -> Path:
     return files.home() / run.id
 
 
-def lock(run: Run) -> FileLock:
-    """The lock that a process holds while it trains a run; the system frees it when it dies."""
+@contextlib.contextmanager
+def lock(run: Run) -> Iterator[None]:
+    """Hold the lock on a run, or raise Timeout where another process does."""
     try:
         folder(run).mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder(run) / "lock").acquire(blocking=False)
+    except Timeout:
+        raise
     except OSError as error:
         raise StoreError(
             f"Cannot write {files.home()}: {error.strerror}. Make it writable, or name another "
             f"folder with KDLIB_HOME."
         ) from error
-    return FileLock(folder(run) / "lock")
+    with held:
+        yield
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -92,11 +98,16 @@ def save_weights(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
 def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     """A run's model after ``epoch`` epochs, in eval mode and frozen, and its fingerprint."""
     path = weights_path(run, epoch)
-    weights, about = load_tensors(path)
-    if fingerprint(weights) != about["fingerprint"]:
-        raise StoreError(
-            f"{path} is damaged (its content changed); training the run again mends it."
-        )
+    try:
+        weights, about = load_tensors(path)
+        if fingerprint(weights) != about["fingerprint"]:
+            raise StoreError(
+                f"{path} is damaged (its content changed); training the run again mends it."
+            )
+    except StoreError:
+        with contextlib.suppress(FileNotFoundError):  # put aside, so that it is made again
+            path.rename(path.with_suffix(".damaged"))
+        raise
     images = load_data(run.data)
     model = build_model(run.model, images.classes, images.channels, seed=0)
     load_weights(model, weights)

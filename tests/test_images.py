@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,13 +84,21 @@ def test_batches_leave_the_pixels_alone():
     assert torch.equal(images.pixels, before)
 
 
-def test_first_keeps_the_first_images():
+def test_a_part_gives_the_batches_of_the_whole():
     images, _ = make_images(pad=4, flip=True, channels=3)
     two = images.first(2)
     index, view = torch.tensor([1, 0]), torch.tensor([161, 7])
     assert len(two) == len(two.pixels) == 2
     assert torch.equal(two.labels, images.labels[:2])
     assert torch.equal(two.batch(index, view), images.batch(index, view))
+
+
+def test_first_takes_the_classes_in_turn():
+    images, _ = make_images(pad=1, flip=False, channels=1, count=6)
+    by_class = replace(images, labels=torch.tensor([0, 0, 0, 1, 1, 2]), class_names=("a", "b", "c"))
+    assert by_class.first(3).labels.tolist() == [0, 1, 2]
+    assert by_class.first(5).labels.tolist() == [0, 0, 1, 1, 2]
+    assert torch.equal(by_class.first(3).pixels, images.pixels[[0, 3, 5]])
 
 
 @pytest.mark.parametrize("count", [None, 3, 99])

@@ -105,7 +105,7 @@ def test_resuming_from_any_stage_is_the_whole_network(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_passes_gradients(name):
     model = build_model(name, classes=7, seed=0).train()
-    x = torch.randn(2, 3, 16, 16, generator=torch.manual_seed(0))
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
     sum(feature.square().mean() for feature in model.stages(x)).backward()
     inner = [*model.stem.parameters(), *model.body.parameters()]
     assert all(p.grad.abs().sum() > 0 for p in inner)

@@ -7,6 +7,7 @@ changes.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -78,7 +79,7 @@ def canonical_name(name: str) -> str:
 
 def label(name: str) -> str:
     """The name to print beside a number: a folder's without its hash."""
-    return name.removeprefix("folder:").rstrip("/").rpartition("/")[2].partition("@")[0]
+    return re.sub("@[0-9a-f]{12}$", "", name.removeprefix("folder:").rstrip("/").rpartition("/")[2])
 
 
 def download(name: str) -> Path:
@@ -152,11 +153,11 @@ def _pixels(data) -> np.ndarray:
 def _folder(name: str, split: str) -> tuple:
     if name not in _folders:
         raise DataError(
-            f"The run names the image folder {label(name)!r} (content {name.partition('@')[2]}), "
+            f"The run names the image folder {label(name)!r} (content {name.rpartition('@')[2]}), "
             f"and no such folder was named: pass it as `folder:PATH`."
         )
     cache = _folder_cache(_folders[name])
-    if not cache["content"].startswith(name.partition("@")[2]):
+    if not cache["content"].startswith(name.rpartition("@")[2]):
         raise DataError(f"{_folders[name]} has changed since this run was described as {name}.")
     with safe_open(cache["file"], "np") as tensors:
         pixels, labels = (tensors.get_tensor(f"{split}_{part}") for part in ("pixels", "labels"))

@@ -199,7 +199,7 @@ class Lane:
         teacher, epoch = anchor
         if (name := f"{teacher.id}@{epoch}") not in self.teachers:
             self.teachers[name] = store.load_checkpoint(teacher, epoch)[1]
-        key = (self.teachers[name], images.name, images.split, len(images), images.device)
+        key = (self.teachers[name], self.run.data, images.split, len(images), images.device)
         return self.banks.get(
             key, lambda: LabelBank(store.load_checkpoint(teacher, epoch)[0], images)
         )
@@ -249,7 +249,8 @@ class Lane:
             return
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            tensors[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+            if buffer := self.optimizer.state[parameter]:
+                tensors[f"momentum.{name}"] = buffer["momentum_buffer"]
         about = {
             "log": self.log,
             "weights": self.weights,
@@ -281,9 +282,10 @@ class Lane:
             part, _, name = name.partition(".")
             split[part][name] = tensor
         load_weights(self.model, split["model"])
-        for name, parameter in self.model.named_parameters():
-            buffer = torch.empty_like(parameter).copy_(split["momentum"][name])
-            self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        parameters = dict(self.model.named_parameters())
+        for name, momentum in split["momentum"].items():  # none where there is no momentum
+            buffer = torch.empty_like(parameters[name]).copy_(momentum)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
         self.log, self.weights = about["log"], about["weights"]

@@ -125,7 +125,7 @@ def _train_some(
             if len(mine) == lanes:
                 break
             try:
-                locks.enter_context(store.lock(run).acquire(blocking=False))
+                locks.enter_context(store.lock(run))
             except Timeout:
                 continue
             if not _complete(run, weights):  # it may have been finished while we asked for the lock

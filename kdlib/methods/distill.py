@@ -70,8 +70,7 @@ class KD(Method):
     ce_weight: float = 1.0
     kd_weight: float = 1.0
 
-    def __post_init__(self):  # one training, one id: 5 is 5.0, and the last epoch is None
-        object.__setattr__(self, "temperature", float(self.temperature))
+    def __post_init__(self):  # one training, one id: the last epoch is None
         if self.at == self.teacher.recipe.epochs:
             object.__setattr__(self, "at", None)
 

@@ -33,6 +33,10 @@ class InvertedResidual(nn.Module):
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
+def _scaled(channels: int, width: float) -> int:
+    return max(1, int(channels * width))
+
+
 def mobilenetv2(
     expansion: int, width: float, classes: int, channels: int, scale: float = 1.0
 ) -> Staged:
@@ -42,7 +46,7 @@ def mobilenetv2(
     convolution 1,280 wide at every W ≤ 1, no dropout.
     """
     width *= scale
-    inputs = int(32 * width)
+    inputs = _scaled(32, width)
     stem = nn.Sequential(conv(channels, inputs, 3, 2), batch_norm(inputs), nn.ReLU(True))
     body = []
     for groups in STAGES:
@@ -51,12 +55,12 @@ def mobilenetv2(
             for k in range(count):
                 block = InvertedResidual(
                     inputs,
-                    int(outputs * width),
+                    _scaled(outputs, width),
                     stride if k == 0 else 1,
                     expansion if expanded else 1,
                 )
                 blocks.append(block)
-                inputs = int(outputs * width)
+                inputs = _scaled(outputs, width)
         body.append(nn.Sequential(*blocks))
     last = int(LAST_CHANNELS * max(1.0, width))
     head = nn.Sequential(

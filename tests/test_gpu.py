@@ -1,0 +1,280 @@
+"""What only a GPU can show: that a step captured once and replayed is the step itself."""
+
+import shutil
+from dataclasses import dataclass, replace
+from itertools import count
+
+import pytest
+import torch
+
+from kdlib import KD, Recipe, Run, build_model, load_data, store, train
+from kdlib.engine import LabelBank
+from kdlib.engine import lane as lane_module
+from kdlib.engine.bank import Shelf
+from kdlib.engine.lane import Lane
+from kdlib.engine.plan import mix
+from kdlib.engine.train import BANKS
+from kdlib.store import fingerprint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# 1,438 images in batches of 56 are 51 steps in two epochs; the rate falls between them.
+RUN = Run("digits", "resnet8-x0.5", Recipe(2, 56, 0.05, milestones=(1,)))
+
+
+@pytest.fixture(autouse=True)
+def same_kernels_every_time(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+@pytest.fixture
+def gpu():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def another_home(tmp_path, monkeypatch):
+    """A copy of the store as it is: what is trained there is not seen here."""
+    number = count()
+
+    def move():
+        here, there = tmp_path / "home", tmp_path / f"home{next(number)}"
+        if here.exists():
+            shutil.copytree(here, there)
+        monkeypatch.setenv("KDLIB_HOME", str(there))
+
+    return move
+
+
+@pytest.fixture
+def start(gpu, another_home):
+    """A lane at the start of its first epoch, in a store of its own."""
+
+    def make(run, capture):
+        another_home()
+        images = load_data(run.data, "train", gpu).first(run.images)
+        lane = Lane(run, images, load_data(run.data, "test", gpu), Shelf(), capture=capture)
+        lane.begin_epoch()
+        assert (lane.graph is not None) == capture
+        return lane
+
+    return make
+
+
+def advance(lane, steps):
+    for _ in range(steps):
+        lane.advance()
+    torch.cuda.synchronize()
+
+
+def finish(lane):
+    while True:
+        advance(lane, lane.steps)
+        lane.end_epoch()
+        if lane.finished:
+            return lane
+        lane.begin_epoch()
+
+
+def copies(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def momentum(lane):
+    states = {name: lane.optimizer.state[p] for name, p in lane.model.named_parameters()}
+    return {name: state["momentum_buffer"] for name, state in states.items()}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def training_log(lane):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in lane.log]
+
+
+# --- capture --------------------------------------------------------------------------------------
+
+
+def test_capturing_moves_nothing(start, gpu):
+    lane = start(RUN, capture=True)
+    fresh = build_model(RUN.model, 10, 1, seed=mix("weights", RUN.seed)).to(gpu)
+    assert_equal(dict(lane.model.state_dict()), dict(fresh.state_dict()))
+    assert not any(buffer.any() for buffer in momentum(lane).values())
+    assert not any(total.any() for total in lane.meter.values())
+    assert not lane.cursor.any()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_momentum_and_statistics_after_the_first_steps_are_those_of_an_eager_lane(start, steps):
+    """A captured first step would forget all earlier gradients in every replay."""
+    captured, eager = start(RUN, capture=True), start(RUN, capture=False)
+    advance(captured, steps)
+    advance(eager, steps)
+    assert_equal(momentum(captured), momentum(eager))
+    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert captured.cursor.item() == eager.cursor.item() == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_captured_lane_equals_an_eager_one_for_50_steps(start, monkeypatch, dtype):
+    monkeypatch.setattr(lane_module, "training_dtype", lambda device: dtype)
+    captured, eager = finish(start(RUN, capture=True)), finish(start(RUN, capture=False))
+    assert training_log(captured) == training_log(eager)
+    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert_equal(momentum(captured), momentum(eager))
+
+
+@dataclass(frozen=True)
+class Route(KD):
+    """Each epoch is labelled by the teacher of the same epoch."""
+
+    def labeller(self, epoch):
+        return self.teacher, epoch + 1
+
+
+def test_a_captured_student_of_changing_teachers_equals_an_eager_one(start, gpu):
+    train([replace(RUN, keep=(1,))], device=gpu)
+    run = replace(RUN, method=Route(RUN), seed=1)
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert training_log(captured) == training_log(eager)
+    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_a_change_of_the_learning_rate_takes_effect(start, capture):
+    """At a rate of zero weights stand still, while batch statistics move on."""
+    run = replace(RUN, recipe=replace(RUN.recipe, decay=0.0))
+    lane = start(run, capture)
+    advance(lane, lane.steps)
+    lane.end_epoch()
+    parameters = copies(dict(lane.model.named_parameters()))
+    buffers = copies(dict(lane.model.named_buffers()))
+    lane.begin_epoch()
+    advance(lane, lane.steps)
+    assert_equal(dict(lane.model.named_parameters()), parameters)
+    assert not any(torch.equal(b, buffers[name]) for name, b in lane.model.named_buffers())
+
+
+def test_an_evaluation_between_replays_leaves_training_alone(start):
+    lane, undisturbed = start(RUN, capture=True), start(RUN, capture=True)
+    for _ in range(3):
+        advance(lane, 5)
+        lane._evaluate()
+        lane.model.train()
+    advance(undisturbed, 15)
+    assert_equal(dict(lane.model.state_dict()), dict(undisturbed.model.state_dict()))
+
+
+def test_a_resumed_lane_equals_an_uninterrupted_one(start, gpu, monkeypatch):
+    monkeypatch.setattr(lane_module, "SAVING_SHARE", 1e9)
+    uninterrupted = finish(start(RUN, capture=True))
+    first = start(RUN, capture=True)
+    advance(first, first.steps)
+    first.end_epoch()
+    images = load_data(RUN.data, "train", gpu)
+    resumed = Lane(RUN, images, load_data(RUN.data, "test", gpu), Shelf())
+    assert resumed.epoch == 1
+    resumed.begin_epoch()
+    assert_equal(momentum(resumed), momentum(first))
+    finish(resumed)
+    assert training_log(resumed) == training_log(uninterrupted)
+    assert_equal(dict(resumed.model.state_dict()), dict(uninterrupted.model.state_dict()))
+
+
+# --- many lanes -----------------------------------------------------------------------------------
+
+
+def test_lanes_side_by_side_equal_runs_one_by_one(gpu, another_home):
+    train([RUN], device=gpu)
+    recipe = replace(RUN.recipe, epochs=3)
+    runs = [
+        replace(RUN, seed=1),
+        replace(RUN, seed=2, method=KD(RUN), model="resnet14-x0.5"),
+        replace(RUN, seed=3, method=KD(RUN), recipe=recipe),
+        replace(RUN, seed=4, model="mobilenetv2-t4-w0.35", recipe=replace(recipe, batch=64)),
+    ]
+    results = []
+    for lanes in (1, 4):
+        another_home()
+        BANKS.clear()
+        results.append(train(runs, device=gpu, lanes=lanes))
+    alone, together = ([trained.closing for trained in part] for part in results)
+    assert [c["weights"] for c in together] == [c["weights"] for c in alone]
+    assert [c["teachers"] for c in together] == [c["teachers"] for c in alone]
+
+
+def test_teachers_are_bit_identical_after_their_students_trained(gpu):
+    teacher = train([RUN], device=gpu)[0]
+    train([replace(RUN, seed=1, method=KD(RUN))], device=gpu)
+    kept = teacher.closing["weights"]["2"]
+    assert fingerprint(teacher.model().state_dict()) == kept
+    assert {fingerprint(bank.teacher.state_dict()) for bank in BANKS.banks.values()} == {kept}
+    assert store.find_record(RUN).closing == teacher.closing
+
+
+def test_a_gpu_trains_as_a_cpu_does(gpu, another_home):
+    run = replace(RUN, recipe=replace(RUN.recipe, epochs=1, milestones=()))
+    losses = []
+    for device in ("cpu", gpu):
+        another_home()
+        losses.append(train([run], device=device)[0].final["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+# --- data and labels ------------------------------------------------------------------------------
+
+
+def test_a_batch_is_the_same_on_every_device(photos, gpu):
+    name = f"folder:{photos()}"
+    on_cpu, on_gpu = load_data(name), load_data(name, device=gpu)
+    index, view = torch.arange(8).repeat(81)[:162], torch.arange(162)
+    batch = on_gpu.batch(index.to(gpu), view.to(gpu))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(batch.cpu(), on_cpu.batch(index, view), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def teacher():
+    model = build_model("resnet20", classes=10, channels=1, seed=0)
+    digits = load_data("digits")
+    with torch.no_grad():
+        model(digits.batch(torch.arange(500)))
+    return model.eval()
+
+
+def test_half_precision_labels_are_close_to_the_teachers(teacher, gpu):
+    cpu, index = load_data("digits", "test"), torch.arange(359)
+    with torch.no_grad():
+        exact = teacher(cpu.batch(index))
+    bank = LabelBank(teacher, load_data("digits", "test", gpu))
+    labels = bank.targets(index.to(gpu), torch.full_like(index, cpu.centre).to(gpu))
+    assert labels.dtype == torch.float16
+    scale = exact.abs().max()
+    assert (labels.cpu().float() - exact).abs().max() < 0.01 * scale
+    assert (labels.cpu().argmax(1) == exact.argmax(1)).float().mean() > 0.98
+
+
+def test_labels_do_not_depend_on_when_they_were_computed(teacher, gpu):
+    images = load_data("digits", "train", gpu)
+    first, second = LabelBank(teacher, images), LabelBank(teacher, images)
+    index = torch.arange(len(images), device=gpu)
+    view = index % images.views
+    expected = first.targets(index, view)
+    assert torch.equal(expected, first.live(index, view))
+    for part in torch.randperm(len(images), generator=torch.manual_seed(0)).to(gpu).split(300):
+        second.targets(index[part], view[part])
+    assert torch.equal(second.targets(index, view), expected)
+
+
+# Last: an index out of bounds would leave the device unusable for what comes after.
+def test_an_epoch_may_have_fewer_steps_than_the_warm_up(start):
+    run = replace(RUN, recipe=replace(RUN.recipe, batch=64), images=64)
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
