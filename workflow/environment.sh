@@ -21,13 +21,16 @@ find_python() {
   die "Python 3.11 or newer is needed and was not found on PATH."
 }
 
-pip_install() {  # pip_install DIRECTORY ARGUMENTS...
-  local venv=$1
+pip_install() {  # pip_install DIRECTORY ARGUMENTS...; what is cached makes a second try short
+  local venv=$1 try
   shift
-  (cd "$ROOT" && "$venv/bin/python" -m pip install "$@") > "$venv/install.log" 2>&1 || {
-    tail -n 25 "$venv/install.log" >&2
-    die "The installation failed. Mend what stands above and call again; all of it: $venv/install.log"
-  }
+  for try in 1 2 3; do
+    (cd "$ROOT" && "$venv/bin/python" -m pip install "$@") > "$venv/install.log" 2>&1 && return
+    echo "pip failed (try $try of 3)." >&2
+    sleep $((try * 5))
+  done
+  tail -n 25 "$venv/install.log" >&2
+  die "The installation failed. Mend what stands above and call again; all of it: $venv/install.log"
 }
 
 make_environment() {  # make_environment DIRECTORY
