@@ -12,7 +12,7 @@ die() { printf '%s\n' "$*" >&2; exit 1; }
 
 find_python() {
   local name
-  for name in python3.13 python3.12 python3.11 python3 python; do
+  for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
     if command -v "$name" >/dev/null &&
        "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$name"; return
