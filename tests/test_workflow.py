@@ -79,6 +79,8 @@ def test_interrupt_ends_cleanly_and_says_that_nothing_is_lost(tmp_path):
         [sys.executable, ROOT / "workflow" / "run_all.py", "--only", "book/start_here"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         start_new_session=True,
+        # A job in the background of a shell inherits that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     log = tmp_path / "home" / "logs" / "smoke" / "book-start_here.log"
     deadline = time.monotonic() + 90

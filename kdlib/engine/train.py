@@ -12,7 +12,7 @@ from filelock import Timeout
 from kdlib import store
 from kdlib.data import load_data
 from kdlib.engine.bank import Shelf
-from kdlib.engine.device import pick_device
+from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
 from kdlib.runs import Run
@@ -46,6 +46,7 @@ def train(
     """
     runs, device = list(runs), pick_device(device)
     torch.set_flush_denormal(True)
+    keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
     _ensure(_merge(runs), device, lanes, weights)
     return [store.find_record(run) for run in runs]
