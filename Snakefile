@@ -1,5 +1,5 @@
 # The graph of notebooks: one job each, then the scorecard. ./run_all.sh calls it; so can you:
-#   snakemake --workflow-profile workflow/local --config profile=smoke
+#   PYTHONPATH=. snakemake --workflow-profile workflow/local --cores 2 --config profile=smoke
 import json
 import os
 import shlex
@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 import book
 
 PROFILE = config.get("profile", "smoke")
-DATA = config.get("data") or None
+FOLDER = config.get("folder", PROFILE)
+DATA = config.get("data")
 ONLY = [name for name in str(config.get("only") or "").split(",") if name]
-RESULTS = Path(os.environ.get("KDLIB_RESULTS") or Path(workflow.basedir) / "results") / PROFILE
+RESULTS = Path(os.environ.get("KDLIB_RESULTS") or Path(workflow.basedir) / "results") / FOLDER
 HOME = Path(os.environ.get("KDLIB_HOME") or Path(workflow.basedir) / "runs")
 ALL = {n.exhibit: n for n in book.notebooks()}
 EXHIBITS = [name for name in ALL if name != book.SCORECARD and (not ONLY or name in ONLY)]
@@ -47,9 +48,8 @@ for name in EXHIBITS:
         log: executed(name)
         params:
             code=CODE,
-            data=DATA,
             command=command(name, profile=PROFILE, data=DATA),
-            progress=HOME / "logs" / PROFILE / (name.replace("/", "-") + ".log"),
+            progress=HOME / "logs" / FOLDER / (name.replace("/", "-") + ".log"),
         threads: int(config.get("threads", 1))
         resources: gpu=1
         shell:
@@ -65,5 +65,5 @@ rule:
     log: executed(book.SCORECARD)
     params:
         code=CODE,
-        command=command(book.SCORECARD, profile=PROFILE),
+        command=command(book.SCORECARD, profile=PROFILE, data=DATA),
     shell: "{params.command}"

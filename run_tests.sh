@@ -9,7 +9,8 @@ parts=("$@")
 for part in "${parts[@]}"; do
   case $part in
     lint)
-      "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . ;;
+      "$PYTHON" -m ruff check .
+      "$PYTHON" -m ruff format --check . ;;
     unit)
       "$PYTHON" -m pytest -q tests ;;
     notebooks)

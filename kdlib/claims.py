@@ -33,8 +33,8 @@ class Verdict:
         estimate: ours: of a value its difference from the paper's, of other claims the claimed
             gap (of several, the smallest) or correlation. ``low`` and ``high`` bound it at 95 %.
         paper: the same quantity by the paper's own numbers.
-        as_claimed: the sign of the estimate alone; None for values.
-        n: seeds.
+        as_claimed: whether the estimate lies on the claimed side; None for values.
+        n: seeds; rows of a correlation.
     """
 
     id: str

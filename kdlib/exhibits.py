@@ -48,7 +48,7 @@ class Exhibit:
 
     @property
     def folder(self) -> Path:
-        return files.results() / self.profile.name / self.name
+        return files.results() / self.profile.folder / self.name
 
     # --- collecting -------------------------------------------------------------------------------
 
@@ -66,7 +66,9 @@ class Exhibit:
         read = (lambda trained: trained.final[value]) if isinstance(value, str) else value
         for trained in results:
             self.uses(trained)
-            self.cells.setdefault((row, column), {})[trained.run.seed] = float(read(trained))
+            cell, number = self.cells.setdefault((row, column), {}), float(read(trained))
+            if cell.setdefault(trained.run.seed, number) != number:
+                raise ValueError(f"{row}, {column} has two values of seed {trained.run.seed}.")
 
     def count(self, row: str, column: str, value: float) -> None:
         """One cell that is counted, not trained: it holds in every profile."""
@@ -177,11 +179,11 @@ class Exhibit:
             self._write("table.csv", self.long_table().to_csv(index=False), about)
             self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)
             self._write("verdicts.csv", as_table(self._verdicts).to_csv(index=False), about)
-        records = files.results() / self.profile.name / "records"
+        records = files.results() / self.profile.folder / "records"
         for trained in self.used.values():
             store.copy_record(trained.run, records)
         return (
-            f"{self.name} · commit {about['commit']} · profile {self.profile.name} · "
+            f"{self.name} · commit {about['commit']} · profile {self.profile.folder} · "
             f"data {about['data'] or 'none'} · seeds {about['seeds']} · {about['device']} · "
             f"{about['wall_seconds']:.0f} s"
         )
@@ -195,7 +197,7 @@ class Exhibit:
             "notebook": notebook_of(self.name).relative_to(files.ROOT).as_posix(),
             "profile": self.profile.name,
             "evidence": self.profile.evidence,
-            "commit": _commit(),
+            "commit": current_commit(),
             "runs": sorted(self.used),
             "seeds": sorted({run.seed for run in runs}),
             "data": ", ".join(sorted({label(run.data) for run in runs})),
@@ -233,14 +235,15 @@ def notebook_of(exhibit: str) -> Path:
     return found[0] if found else files.ROOT / "notebooks" / f"{exhibit}.ipynb"
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The commit at work, with ``+`` where code or notebooks differ from it."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", files.ROOT, *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", files.ROOT, *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
 
     changed = git("status", "--porcelain", "--", "kdlib", "notebooks", "results/published")
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")

@@ -13,32 +13,45 @@ from kdlib.errors import UnknownName
 from kdlib.methods import CrossEntropy, Method
 from kdlib.runs import Recipe, Run
 
+# Epochs of RCO's teachers that some exhibit of the paper labels with. Every notebook keeps them
+# all, so that no teacher is trained again because another notebook asks for one more.
+RCO_ROUTE = (10, 30, 40, 60, 80, 100, 120, 160, 180, 240)
+
 
 @dataclass(frozen=True)
 class Profile:
     """A mapping from the papers' quantities to those that are run.
 
     Attributes:
+        says: what it runs, in one line.
         length: run epochs per paper epoch.
         seeds: one training each.
         datasets: what stands in for a paper's data set; the paper's own where not named.
         models: likewise for networks.
         images: train on so many images only; None for all.
         evidence: whether a result may count for or against a paper at all.
+        stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
     """
 
     name: str
+    says: str
     length: float
     seeds: tuple[int, ...]
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     images: int | None = None
     evidence: bool = True
+    stand_ins: tuple[str, ...] = ()
 
     @property
     def faithful(self) -> bool:
         """Whether nothing is shrunk and nothing stands in for anything."""
         return self.length == 1 and not (self.datasets or self.models or self.images)
+
+    @property
+    def folder(self) -> str:
+        """Name of the results folder: another data set's numbers never overwrite the profile's."""
+        return "+".join([self.name, *self.stand_ins])
 
     def epochs(self, paper: int) -> int:
         """The paper's number of epochs, in this profile: at least one."""
@@ -102,6 +115,7 @@ class Profile:
 PROFILES = {
     "smoke": Profile(
         name="smoke",
+        says="digits 8x8 and a twentieth of the epochs; proves the pipeline, no claim",
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
@@ -111,11 +125,17 @@ PROFILES = {
     ),
     "course": Profile(
         name="course",
+        says="CIFAR at a tenth of the epochs; made for one T4-class GPU",
         length=1 / 10,
         seeds=(0, 1, 2),
         models={"resnet50": "resnet50-x0.5"},
     ),
-    "paper": Profile(name="paper", length=1, seeds=(0, 1, 2)),
+    "paper": Profile(
+        name="paper",
+        says="the papers' own settings; made for a data-centre GPU",
+        length=1,
+        seeds=(0, 1, 2),
+    ),
 }
 
 
@@ -143,7 +163,9 @@ def open_profile(
     if data:
         pairs = data if isinstance(data, Mapping) else _pairs(data)
         canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}
-        profile = replace(profile, datasets={**profile.datasets, **canonical})
+        named = tuple(sorted(f"{paper}={label(own)}" for paper, own in canonical.items()))
+        datasets = {**profile.datasets, **canonical}
+        profile = replace(profile, datasets=datasets, stand_ins=named)
     return profile
 
 

@@ -91,7 +91,9 @@ def describe(value):
     """A frozen dataclass as plain JSON, defaults left out, so that a new field with a default
     changes no id."""
     if is_dataclass(value):
-        parts = {"kind": type(value).__name__}
+        kind = type(value)
+        own = kind.__module__.startswith("kdlib.")
+        parts = {"kind": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"}
         for f in fields(value):
             content = getattr(value, f.name)
             if f.compare and content != f.default:

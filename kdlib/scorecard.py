@@ -1,6 +1,7 @@
 """The scorecard: every claim of the four papers and what our results say of it, on one page."""
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 
 from kdlib import files, plots
 from kdlib.claims import Verdict, all_claims, judge
+from kdlib.exhibits import current_commit
+from kdlib.profiles import Profile
 
 PAPERS = {
     "rco": "Route Constrained Optimization",
@@ -34,9 +37,9 @@ SHAPES = {"reproduced": "o", "supported": "o", "differs": "X", "contradicted": "
 LIMITS = {"value": (-8, 8), "gap": (-3, 4)}
 
 
-def gather(profile: str) -> pd.DataFrame:
+def gather(profile: Profile) -> pd.DataFrame:
     """Verdicts on all claims: those that the profile's exhibits recorded, the rest ``not run``."""
-    folder = files.results() / profile
+    folder = files.results() / profile.folder
     tables, recorded = [], set()
     for path in sorted(folder.glob("*/*/verdicts.csv")):
         tables.append(pd.read_csv(path))
@@ -59,10 +62,11 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def forest(table: pd.DataFrame) -> Figure:
-    """Every estimate with its interval: values against the paper's, gaps as shares of the paper's.
+    """Estimates with their intervals: values against the paper's, gaps as shares of the paper's.
 
     Left, 0 is the paper's number and the grey band the tolerance. Right, 1 is the paper's gap, 0 no
-    gap at all. A triangle at the border stands for an estimate beyond it.
+    gap at all. A triangle at the border stands for an estimate beyond it. Claims that the paper
+    gives no number for are in the page's tables alone.
     """
     value = table.kind == "value"
     # A value from another data set or schedule is no measure of the paper's.
@@ -102,12 +106,12 @@ def forest(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def write_page(profile: str, evidence: bool) -> Path:
+def write_page(profile: Profile) -> Path:
     """One self-contained HTML page, ``results/<profile>/scorecard.html``."""
     table = gather(profile)
     with plots.style():
         figure = forest(table)
-        if not evidence:
+        if not profile.evidence:
             plots.stamp(figure, "smoke run: no evidence")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
@@ -117,18 +121,26 @@ def write_page(profile: str, evidence: bool) -> Path:
         f"<h2>{html.escape(title)}</h2>{_claims_html(table[table.paper_key == key])}"
         for key, title in PAPERS.items()
     ]
-    warning = "" if evidence else "<p class=warn>A smoke run proves the pipeline, no claim.</p>"
+    warning = (
+        "" if profile.evidence else "<p class=warn>A smoke run proves the pipeline, no claim.</p>"
+    )
     page = _PAGE.format(
-        profile=html.escape(profile),
+        profile=html.escape(profile.folder),
         warning=warning,
         counts=counts(table).to_html(border=0),
         picture=picture,
         alt=alt,
         sections="\n".join(sections),
     )
-    path = files.results() / profile / "scorecard.html"
+    path = files.results() / profile.folder / "scorecard.html"
     files.write_atomic(path, page)
-    about = {"profile": profile, "claims": len(table), "evidence": evidence}
+    about = {
+        "profile": profile.folder,
+        "evidence": profile.evidence,
+        "commit": current_commit(),
+        "claims": len(table),
+        "sha256": hashlib.sha256(page.encode()).hexdigest(),
+    }
     files.write_atomic(path.with_name("scorecard.html.json"), json.dumps(about) + "\n")
     return path
 

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdlib import files
-from kdlib.data import load_data
 from kdlib.errors import StoreError
 from kdlib.models import Staged, build_model, load_weights
 from kdlib.runs import ENGINE_VERSION, Run
@@ -108,8 +107,8 @@ def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
         with contextlib.suppress(FileNotFoundError):  # put aside, so that it is made again
             path.rename(path.with_suffix(".damaged"))
         raise
-    images = load_data(run.data)
-    model = build_model(run.model, images.classes, images.channels, seed=0)
+    classes = next(len(tensor) for tensor in weights.values() if tensor.ndim == 2)
+    model = build_model(run.model, classes, weights["stem.0.weight"].shape[1], seed=0)
     load_weights(model, weights)
     return model.eval().requires_grad_(False), about["fingerprint"]
 
@@ -141,7 +140,14 @@ class Trained:
         Raises StoreError where the store has no such weights, or damaged ones; where only a record
         is there, ``train([run], weights=True)`` makes them.
         """
-        return load_checkpoint(self.run, epoch or self.run.recipe.epochs)[0]
+        epoch = self.run.recipe.epochs if epoch is None else epoch
+        model, found = load_checkpoint(self.run, epoch)
+        if found != self.closing["weights"].get(str(epoch)):
+            raise StoreError(
+                f"{weights_path(self.run, epoch)} are not the weights that the record of "
+                f"{self.run} tells of; `train([run], weights=True)` makes both anew."
+            )
+        return model
 
 
 def write_record(run: Run, log: list[dict], closing: dict) -> None:
@@ -195,8 +201,20 @@ def saved_fingerprint(run: Run, epoch: int) -> str | None:
         return None
 
 
-def has_weights(run: Run, epochs: Iterable[int]) -> bool:
-    return all(weights_path(run, epoch).exists() for epoch in epochs)
+def holds_weights(trained: Trained, epochs: Iterable[int]) -> bool:
+    """Whether the store has these checkpoints, and they are those that the record tells of."""
+    told = trained.closing["weights"]
+    return all(
+        str(epoch) in told and told[str(epoch)] == saved_fingerprint(trained.run, epoch)
+        for epoch in epochs
+    )
+
+
+def kept_epochs(run: Run) -> tuple[int, ...]:
+    """The checkpoints that the run's record in the store tells of."""
+    if not (folder(run) / "record.jsonl").exists() or (trained := find_record(run)) is None:
+        return ()
+    return tuple(map(int, trained.closing["weights"]))
 
 
 # --- measurements ---------------------------------------------------------------------------------

@@ -108,21 +108,33 @@ def test_sweeps_leave_the_teacher_as_it_was(images, requests):
 # --- the shelf ------------------------------------------------------------------------------------
 
 
-def test_a_full_shelf_gives_up_the_bank_unused_for_longest(images, monkeypatch):
-    def make():
-        return LabelBank(make_teacher(), images)
+@pytest.fixture
+def room_for_two(images, monkeypatch):
+    one = LabelBank(make_teacher(), images).bytes
+    monkeypatch.setattr(bank, "_memory", lambda device: 4 * one)
 
-    monkeypatch.setattr(bank, "_budget", lambda device: 2 * make().bytes)
+
+def test_a_shelf_makes_each_bank_once_however_many_take_turns(images, room_for_two):
+    shelf, made = bank.Shelf(), []
+    shelf.wanted = {"a", "b", "c"}
+    for _ in range(3):
+        for name in "abc":
+            shelf.get((name,), lambda n=name: made.append(n) or LabelBank(make_teacher(), images))
+    assert made == ["a", "b", "c"]
+    assert [shelf.get((name,), None).remembers for name in "abc"] == [True, True, False]
+
+
+def test_banks_that_nobody_wants_make_room(images, room_for_two):
     shelf = bank.Shelf()
-    first, second = shelf.get(("first",), make), shelf.get(("second",), make)
-    assert shelf.get(("first",), make) is first
-    shelf.get(("third",), make)
-    assert shelf.get(("first",), make) is first
-    assert shelf.get(("second",), make) is not second
+    for name in "abc":
+        shelf.wanted = {name}
+        assert shelf.get((name,), lambda: LabelBank(make_teacher(), images)).remembers
+    assert ("a",) not in shelf.banks
 
 
-def test_a_shelf_keeps_the_bank_at_work_even_beyond_its_budget(images, monkeypatch):
-    monkeypatch.setattr(bank, "_budget", lambda device: 0)
-    shelf = bank.Shelf()
-    only = shelf.get(("only",), lambda: LabelBank(make_teacher(), images))
-    assert shelf.get(("only",), lambda: None) is only
+def test_a_bank_that_does_not_fit_gives_the_same_numbers(images, requests):
+    remembering, forgetting = (LabelBank(make_teacher(), images) for _ in range(2))
+    forgetting.remembers = False
+    for index, view in requests:
+        assert torch.equal(remembering.targets(index, view), forgetting.targets(index, view))
+    assert forgetting.known is None

@@ -13,7 +13,7 @@ from kdlib import KD, plots, scorecard, train
 from kdlib.claims import all_claims
 from kdlib.errors import StoreError, UnknownName
 from kdlib.exhibits import NO_EVIDENCE, Exhibit, exhibit_names
-from kdlib.profiles import open_profile
+from kdlib.profiles import PROFILES, open_profile
 
 SMOKE, PAPER = open_profile("smoke"), open_profile("paper")
 
@@ -204,7 +204,7 @@ def test_an_exhibit_of_the_book_itself_has_no_claims(trained, tmp_path):
     assert len(exhibit.verdicts()) == 0
     exhibit.record()
     assert (tmp_path / "results/smoke/book/start_here/table.csv").exists()
-    assert len(scorecard.gather("smoke")) > len(all_claims()) - 1
+    assert len(scorecard.gather(PROFILES["smoke"])) > len(all_claims()) - 1
 
 
 # --- the scorecard --------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def table3():
 
 
 def test_the_scorecard_gathers_what_was_recorded_and_names_the_rest(table3):
-    table = scorecard.gather("smoke")
+    table = scorecard.gather(PROFILES["smoke"])
     stems = {"/".join(name.split("/")[:3]) for name in table.id}
     assert stems == {claim["id"] for claim in all_claims()}
     assert set(table.verdict[table.exhibit != "rco/table3"]) == {"not run"}
@@ -232,7 +232,7 @@ def test_the_scorecard_gathers_what_was_recorded_and_names_the_rest(table3):
 
 
 def test_the_scorecard_is_one_page_that_needs_no_network(table3, tmp_path):
-    path = scorecard.write_page("smoke", evidence=False)
+    path = scorecard.write_page(PROFILES["smoke"])
     assert path == tmp_path / "results" / "smoke" / "scorecard.html"
     page = path.read_text()
     resources = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
@@ -245,8 +245,8 @@ def test_the_scorecard_is_one_page_that_needs_no_network(table3, tmp_path):
 
 
 def test_the_scorecard_lists_every_claim(table3):
-    page = scorecard.write_page("smoke", evidence=False).read_text()
-    table = scorecard.gather("smoke")
+    page = scorecard.write_page(PROFILES["smoke"]).read_text()
+    table = scorecard.gather(PROFILES["smoke"])
     assert page.count("<tr><td>") == len(table)
     assert all(html.escape(claim["says"]) in page for claim in all_claims())
     assert len(re.findall("■</b> reproduced", page)) == 15
@@ -254,14 +254,14 @@ def test_the_scorecard_lists_every_claim(table3):
 
 
 def test_a_scorecard_without_any_run_can_be_written():
-    page = scorecard.write_page("paper", evidence=True).read_text()
-    assert page.count("</b> not run") == len(scorecard.gather("paper"))
+    page = scorecard.write_page(PROFILES["paper"]).read_text()
+    assert page.count("</b> not run") == len(scorecard.gather(PROFILES["paper"]))
     assert "class=warn" not in page
 
 
 def test_the_forest_plot_draws_every_judged_claim(table2):
     table2.record()
-    table = scorecard.gather("smoke")
+    table = scorecard.gather(PROFILES["smoke"])
     figure = scorecard.forest(table)
     values, gaps = figure.axes
     judged = table[(table.verdict != "not run") & table.estimate.notna()]

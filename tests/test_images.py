@@ -112,21 +112,26 @@ def test_digits_are_split_into_1438_and_359_without_a_shared_image():
 
     train, test = load_data("digits"), load_data("digits", "test")
     assert (len(train), len(test)) == (1438, 359)
-    ours = torch.cat([train.pixels, test.pixels])[:, 1:-1, 1:-1, 0].flatten(1)
+    ours = torch.cat([train.pixels[:, 1:-1, 1:-1], test.pixels]).flatten(1)
     all_digits = torch.tensor(np.round(load_digits().data * (255 / 16)), dtype=torch.uint8)
     rows = [sorted(map(bytes, part.numpy())) for part in (ours, all_digits)]
     assert rows[0] == rows[1]
 
 
 def test_digits_are_uint8_with_a_border_of_zeros():
-    digits = load_data("digits", "test")
-    assert digits.pixels.shape == (359, 10, 10, 1)
+    digits = load_data("digits")
+    assert digits.pixels.shape == (1438, 10, 10, 1)
     assert digits.pixels.dtype == torch.uint8
     border = digits.pixels.clone()
     border[:, 1:-1, 1:-1] = 0
     assert not border.any()
     assert digits.pixels.max() == 255
     assert (digits.size, digits.channels, digits.classes, digits.views) == (8, 1, 10, 9)
+
+
+def test_test_images_have_one_view():
+    digits = load_data("digits", "test")
+    assert (digits.views, digits.pixels.shape) == (1, (359, 8, 8, 1))
 
 
 def test_digits_are_normalised():

@@ -417,9 +417,21 @@ def test_a_measurement_is_made_anew_for_other_options_and_weights(tiny):
     measure(trained, count_weights, times=4)
     measure(other, count_weights, times=3)
     assert calls == [3, 4, 3]
+
+
+def test_weights_that_the_record_does_not_tell_of_are_not_used(tiny):
+    trained = train([tiny()])[0]
     moved = replace(trained, closing=trained.closing | {"weights": {"2": "0123"}})
-    measure(moved, count_weights, times=3)
-    assert calls == [3, 4, 3, 3]
+    with pytest.raises(StoreError, match="not the weights that the record"):
+        moved.model()
+
+
+def test_a_record_of_other_weights_is_trained_again_and_only_once(tiny):
+    run = tiny()
+    trained = train([run])[0]
+    other = trained.closing | {"weights": {"2": "0123"}}
+    store.write_record(run, trained.log.to_dict("records"), other)
+    assert train([run], weights=True)[0].closing["weights"] == trained.closing["weights"]
 
 
 def test_a_damaged_measurement_is_made_anew(tiny):

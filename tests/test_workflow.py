@@ -8,6 +8,7 @@ import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 
 from kdlib.files import ROOT
@@ -40,7 +41,9 @@ def test_list_names_every_notebook_and_its_cost():
         (["--profile", "smok"], "Did you mean smoke"),
         (["--only", "rco/tabel1"], "Did you mean rco/table1"),
         (["--data", "cifar100"], "NAME=folder:PATH"),
-        (["--data", "cifar100=folder:/nowhere"], "there is no folder /nowhere"),
+        (["--data", "cifar100=folder:/nowhere"], "/nowhere has no folder train/"),
+        (["--data", "cifar100=digit"], "Did you mean digits"),
+        (["--data", "cifar1000=digits"], "Did you mean cifar100"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(words, expected):
@@ -87,10 +90,13 @@ def test_interrupt_ends_cleanly_and_says_that_nothing_is_lost(tmp_path):
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert log.exists(), "training never started"
-    os.killpg(process.pid, signal.SIGINT)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel" in " ".join(worker.cmdline()) for worker in workers)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "the same command goes on from there" in output
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
     assert not (tmp_path / "results" / "smoke" / "notebooks" / "00_start_here.ipynb").exists()
 
 

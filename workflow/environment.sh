@@ -8,6 +8,14 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
+# Relative folders are the caller's, not those of a notebook that runs elsewhere.
+for variable in KDLIB_HOME KDLIB_RESULTS KDLIB_DATA KDLIB_VENV; do
+  case ${!variable:-} in
+    '' | /*) ;;
+    *) export "$variable=$PWD/${!variable}" ;;
+  esac
+done
+
 die() { printf '%s\n' "$*" >&2; exit 1; }
 
 find_python() {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 # Unix sockets: no ports to race for when several kernels start at once.
@@ -63,6 +64,9 @@ def main() -> None:
     print(f"  … {arguments.notebook.parent.name}/{name}", flush=True)
     try:
         seconds = execute(arguments.notebook, arguments.output, parameters)
+    except DeadKernelError as error:
+        print(f"  ✗ {name}: the kernel died, as it does when memory runs out", flush=True)
+        sys.exit(str(error))
     except papermill.PapermillExecutionError as error:
         print(f"  ✗ {name}: {error.ename}: {error.evalue}", flush=True)
         sys.exit(

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,12 +13,11 @@ from pathlib import Path
 
 import book
 
+from kdlib import files
+from kdlib.errors import KdlibError, UnknownName
+from kdlib.profiles import PROFILES, Profile, open_profile
+
 ROOT = book.ROOT
-PROFILES = {
-    "smoke": "scikit-learn's digits, minutes on two CPU cores; proves the pipeline, no claim",
-    "course": "CIFAR at a tenth of the epochs; made for one T4-class GPU",
-    "paper": "the papers' own settings; made for a data-centre GPU",
-}
 EPILOG = """\
 profiles:
 {profiles}
@@ -37,7 +38,7 @@ environment (default .venv).
 
 
 def parse() -> argparse.Namespace:
-    profiles = "\n".join(f"  {name:8}{what}" for name, what in PROFILES.items())
+    profiles = "\n".join(f"  {name:8}{profile.says}" for name, profile in PROFILES.items())
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
         description=__doc__,
@@ -55,36 +56,35 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and stop")
     arguments = parser.parse_args()
-    _check(parser, arguments)
+    arguments.data = dict(_pair(parser, text) for text in arguments.data)
+    try:
+        arguments.book = _checked(arguments)
+    except (KdlibError, ValueError) as error:
+        parser.error(str(error))
     return arguments
 
 
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse wrong names here, with the closest right ones, before anything starts."""
-    from kdlib.errors import UnknownName
-
-    slurm = "snakemake_executor_plugin_slurm"
-    if arguments.executor == "slurm" and importlib.util.find_spec(slurm) is None:
-        parser.error("SLURM needs a plugin: pip install -c constraints.txt -e '.[slurm]'")
-    try:
-        if arguments.profile not in PROFILES:
-            raise UnknownName("profile", arguments.profile, PROFILES)
-        known = [n.exhibit for n in book.notebooks()]
-        for exhibit in (arguments.only or "").split(","):
-            if exhibit and exhibit not in known:
-                raise UnknownName("exhibit", exhibit, known)
-        for pair in arguments.data:
-            _, separator, data = pair.partition("=")
-            if not (separator and data):
-                parser.error(f"--data {pair!r} does not read as NAME=folder:PATH")
-            if data.startswith("folder:") and not _folder(data).is_dir():
-                parser.error(f"--data {pair}: there is no folder {_folder(data)}")
-    except UnknownName as error:
-        parser.error(str(error))
+def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
+    """A data set's name and what stands in for it, folders made absolute."""
+    name, separator, data = text.partition("=")
+    if not (separator and data):
+        parser.error(f"--data {text!r} does not read as NAME=folder:PATH")
+    if data.startswith("folder:"):
+        data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
+    return name, data
 
 
-def _folder(data: str) -> Path:
-    return Path(data.removeprefix("folder:")).expanduser().resolve()
+def _checked(arguments: argparse.Namespace) -> Profile:
+    """The profile; wrong names are refused and folders decoded before anything starts."""
+    if arguments.executor == "slurm" and not importlib.util.find_spec(
+        "snakemake_executor_plugin_slurm"
+    ):
+        raise ValueError("SLURM needs a plugin: pip install -c constraints.txt -e '.[slurm]'")
+    known = [n.exhibit for n in book.notebooks()]
+    for exhibit in filter(None, (arguments.only or "").split(",")):
+        if exhibit not in known:
+            raise UnknownName("exhibit", exhibit, known)
+    return open_profile(arguments.profile, data=arguments.data)
 
 
 def list_notebooks(profile: str) -> None:
@@ -109,27 +109,39 @@ def gpus() -> int:
 
 def snakemake(arguments: argparse.Namespace) -> list[str]:
     """The command that runs the graph."""
-    cores, devices = os.cpu_count() or 1, gpus()
-    jobs = arguments.jobs or devices or min(cores, 4)
-    data = ",".join(
-        f"{name}=folder:{_folder(own)}" if own.startswith("folder:") else f"{name}={own}"
-        for name, _, own in (pair.partition("=") for pair in arguments.data)
-    )
-    threads = max(1, cores // jobs)
+    settings = {
+        "profile": arguments.profile,
+        "folder": arguments.book.folder,
+        "only": arguments.only,
+        "data": json.dumps(arguments.data) if arguments.data else None,
+    }
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
-        *(
-            "--directory",
-            str(ROOT),
-            "--workflow-profile",
-            str(ROOT / "workflow" / arguments.executor),
-        ),
-        *("--config", f"profile={arguments.profile}", f"threads={threads}"),
-        *(f"{key}={value}" for key, value in (("data", data), ("only", arguments.only)) if value),
+        *("--directory", str(ROOT)),
+        *("--workflow-profile", str(ROOT / "workflow" / arguments.executor)),
     ]
-    if arguments.executor == "local":
-        command += ["--cores", str(threads * jobs), "--resources", f"gpu={jobs}"]
-    return command
+    if arguments.executor == "slurm":
+        command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    else:
+        # A notebook trains many students at a time on a GPU; two notebooks would only share it.
+        cores = os.cpu_count() or 1
+        jobs = arguments.jobs or (1 if gpus() else min(cores, 4))
+        settings["threads"] = max(1, cores // jobs)
+        command += ["--cores", str(settings["threads"] * jobs), "--resources", f"gpu={jobs}"]
+    pairs = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    return [*command, "--config", *pairs]
+
+
+def run(command: list[str], log: Path) -> int:
+    """Run the graph; on Ctrl-C or SIGTERM hand the interrupt on and wait until all have stopped."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            raise
 
 
 def dry_run(command: list[str]) -> int:
@@ -150,21 +162,25 @@ def main() -> int:
     if arguments.list:
         list_notebooks(arguments.profile)
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     command, started = snakemake(arguments), time.monotonic()
-    results = Path(os.environ.get("KDLIB_RESULTS") or ROOT / "results") / arguments.profile
-    log = Path(os.environ.get("KDLIB_HOME") or ROOT / "runs") / "logs" / "snakemake.log"
     if arguments.dry_run:
         return dry_run(command)
+    results, log = files.results() / arguments.book.folder, files.home() / "logs" / "snakemake.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Profile {arguments.profile}: {PROFILES[arguments.profile]}.", flush=True)
+    stand_ins = "".join(f", with {pair}" for pair in arguments.book.stand_ins)
+    print(f"Profile {arguments.profile} ({arguments.book.says}){stand_ins}.", flush=True)
     try:
-        with log.open("w") as file:
-            status = subprocess.run(command, stderr=file).returncode
+        status = run(command, log)
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept; the same command goes on from there.")
         return 130
     if status:
-        print(f"Some notebooks failed; the rest is done. What happened: {log}", file=sys.stderr)
+        print(
+            f"Not everything is done. Notebooks marked ✗ failed and lie beside the executed ones "
+            f"as *.failed.ipynb; the scorecard was not renewed. Snakemake's own words: {log}",
+            file=sys.stderr,
+        )
         return status
     if "Nothing to be done" in log.read_text():
         print("There is nothing to do: every notebook is up to date.")

@@ -1,7 +1,8 @@
 """LabelBank: a frozen teacher's logits by image and view, each computed at most once."""
 
+import math
 import os
-from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,24 +30,35 @@ class LabelBank:
         self.dtype = torch.float16 if images.device.type == "cuda" else torch.float32
         self.chunk = min(2048 if images.device.type == "cuda" else 64, len(images))
         self.teacher = teacher.to(images.device, memory_format=torch.channels_last)
-        # Rows that were never computed are never touched: they cost addresses, not memory.
-        shape = (len(images), images.views, images.classes)
-        self.logits = torch.empty(shape, dtype=self.dtype, device=images.device)
-        self.known = torch.zeros(shape[:2], dtype=torch.bool, device=images.device)
+        self.remembers = True
+        self.shape = (len(images), images.views, images.classes)
+        self.known: Tensor | None = None
 
     @property
     def bytes(self) -> int:
-        return self.logits.nbytes
+        """What the table takes when it is full."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.remembers else 0
 
     def targets(self, index: Tensor, view: Tensor) -> Tensor:
         """Logits ``[b, classes]`` for int64 ``[b]`` images and views, missing ones swept first."""
+        if not self.remembers:
+            return self._sweep(index, view)
+        if self.known is None:
+            # Left uninitialised: on a CPU, pages that no label is written to cost no memory.
+            self.logits = torch.empty(self.shape, dtype=self.dtype, device=index.device)
+            self.known = torch.zeros(self.shape[:2], dtype=torch.bool, device=index.device)
         missing = (~self.known[index, view]).nonzero().squeeze(1)
-        for rows in missing.split(self.chunk) if len(missing) else ():
-            filled = rows.repeat(-(-self.chunk // len(rows)))[: self.chunk]
-            i, v = index[filled], view[filled]
-            self.logits[i, v] = self.live(i, v)
+        if len(missing):
+            i, v = index[missing], view[missing]
+            self.logits[i, v] = self._sweep(i, v)
             self.known[i, v] = True
         return self.logits[index, view]
+
+    def _sweep(self, index: Tensor, view: Tensor) -> Tensor:
+        """The teacher's logits in chunks of one shape, the last filled up with repetitions."""
+        rows = torch.arange(-(-len(index) // self.chunk) * self.chunk, device=index.device)
+        chunks = (rows % len(index)).split(self.chunk)
+        return torch.cat([self.live(index[c], view[c]) for c in chunks])[: len(index)]
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter a loss that is differentiated
     def live(self, index: Tensor, view: Tensor) -> Tensor:
@@ -56,29 +68,36 @@ class LabelBank:
 
 
 class Shelf:
-    """The banks of a process, by teacher checkpoint and images; the longest unused goes first."""
+    """The banks of a process, by teacher checkpoint and images, within half of the memory.
+
+    A bank that would not fit asks its teacher every time instead: slower, the same numbers. Banks
+    that no lane in training wants make room first.
+    """
 
     def __init__(self):
-        self.banks: OrderedDict[tuple, LabelBank] = OrderedDict()
+        self.banks: dict[tuple, LabelBank] = {}
+        self.wanted: set[str] = set()
 
-    def get(self, key: tuple, make) -> LabelBank:
+    def get(self, key: tuple, make: Callable[[], LabelBank]) -> LabelBank:
+        """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
-            self.banks[key] = make()
-            device = self.banks[key].images.device
-            while len(self.banks) > 1 and self._bytes(device) > _budget(device):
-                self.banks.popitem(last=False)
-        self.banks.move_to_end(key)
+            bank = make()
+            if not self._fits(bank):
+                self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
+                bank.remembers = self._fits(bank)
+            self.banks[key] = bank
         return self.banks[key]
 
     def clear(self) -> None:
         self.banks.clear()
 
-    def _bytes(self, device: torch.device) -> int:
-        return sum(bank.bytes for bank in self.banks.values() if bank.images.device == device)
+    def _fits(self, bank: LabelBank) -> bool:
+        device = bank.images.device
+        beside = [b.bytes for b in self.banks.values() if b.images.device == device]
+        return sum(beside) + bank.bytes <= _memory(device) // 2
 
 
-def _budget(device: torch.device) -> int:
-    """Bytes that banks may take: a third of the device's memory."""
+def _memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 3
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -115,10 +115,8 @@ class Lane:
         view = self.view.index_select(0, self.cursor)[0]
         targets = self.targets.index_select(0, self.cursor)[0]
         labels = self.images.labels[index]
-        # Entered inside the step, so that the cache of cast weights belongs to the graph.
-        with half_precision(self.device, self.dtype):
-            x = self.images.batch(index, view)
-            logits, terms = self.run.method.loss(self.model, x, labels, targets)
+        x = self.images.batch(index, view)
+        logits, terms = self.run.method.loss(self._student, x, labels, targets)
         self.optimizer.zero_grad()
         self.scaler.scale(terms["loss"]).backward()
         self.scaler.step(self.optimizer)
@@ -129,6 +127,14 @@ class Lane:
             if name not in self.meter:
                 self.meter[name] = torch.zeros((), device=self.device)
             self.meter[name] += term.detach()
+
+    def _student(self, x: Tensor) -> Tensor:
+        """The student's logits in float32: half precision is for networks, never for losses.
+
+        Entered inside the step, so that the cache of cast weights belongs to the graph.
+        """
+        with half_precision(self.device, self.dtype):
+            return self.model(x).float()
 
     def end_epoch(self) -> dict:
         """Read the meters once, evaluate, keep what is to be kept, and return the epoch's row."""
@@ -183,8 +189,7 @@ class Lane:
             EVAL_CHUNK[self.device.type]
         ):
             labels = self.test.labels[index]
-            with half_precision(self.device, self.dtype):
-                logits = self.model(self.test.batch(index)).float()
+            logits = self._student(self.test.batch(index))
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] += F.cross_entropy(logits, labels, reduction="sum")
             if bank:
@@ -200,12 +205,18 @@ class Lane:
         if anchor is None:
             return None
         teacher, epoch = anchor
-        if (name := f"{teacher.id}@{epoch}") not in self.teachers:
-            self.teachers[name] = store.load_checkpoint(teacher, epoch)[1]
-        key = (self.teachers[name], self.run.data, images.split, len(images), images.device)
-        return self.banks.get(
-            key, lambda: LabelBank(store.load_checkpoint(teacher, epoch)[0], images)
-        )
+        name = f"{teacher.id}@{epoch}"
+        known = self.teachers.setdefault(name, store.saved_fingerprint(teacher, epoch))
+
+        def make() -> LabelBank:
+            model, found = store.load_checkpoint(teacher, epoch)
+            if found != known:
+                raise store.StoreError(
+                    f"{teacher} was trained anew while {self.run} learned from it: train it again."
+                )
+            return LabelBank(model, images)
+
+        return self.banks.get((known, self.run.data, images.split, len(images)), make)
 
     # --- capture ----------------------------------------------------------------------------------
 
@@ -220,7 +231,7 @@ class Lane:
             before = {name: t.clone() for name, t in self.model.state_dict().items()}
             scaling = self.scaler.state_dict()
             resumed = {p: s["momentum_buffer"].clone() for p, s in self.optimizer.state.items()}
-            for _ in range(3):  # allocates momentum and meters, lets cuDNN choose its kernels
+            for _ in range(3):  # allocates momentum and meters, fills library caches
                 self.cursor.zero_()
                 self.step()
             self.cursor.zero_()

@@ -94,16 +94,16 @@ def _complete(run: Run, weights: bool) -> bool:
     store has the run, all checkpoints that it is asked to keep must be there.
     """
     trained = store.find_record(run)
-    last = run.recipe.epochs
-    if trained is None or not store.has_weights(run, {last} if weights else ()):
+    if trained is None:
         return False
-    if store.has_weights(run, {last}) and not store.has_weights(run, run.keep):
+    needed = {*run.keep, run.recipe.epochs} if weights or store.kept_epochs(run) else set()
+    if not store.holds_weights(trained, needed):
         return False
     for teacher, epoch in run.method.anchors(run.recipe.epochs):
         record = store.find_record(teacher)
         now = record and record.closing["weights"].get(str(epoch))
         before = trained.closing["teachers"].get(f"{teacher.id}@{epoch}")
-        if now and now != before:
+        if record and (now != before or not _complete(teacher, weights=False)):
             warnings.warn(
                 f"{run} learned from other weights of its teacher {teacher}; it is trained again.",
                 stacklevel=2,
@@ -130,7 +130,8 @@ def _train_some(
             except Timeout:
                 continue
             if not _complete(run, weights):  # it may have been finished while we asked for the lock
-                mine.append(run)
+                # A route that is trained again keeps what it kept: others label with it.
+                mine.append(replace(run, keep=(*run.keep, *store.kept_epochs(run))))
         if not mine:
             time.sleep(0.2)
             return lanes
@@ -140,27 +141,34 @@ def _train_some(
         except torch.OutOfMemoryError:
             if lanes == 1:
                 raise
-            BANKS.clear()
-            torch.cuda.empty_cache()
-            warnings.warn(f"Out of memory with {lanes} lanes: {lanes // 2} from now.", stacklevel=2)
-            return lanes // 2
+    # Out of the except block, whose traceback keeps the lanes and their memory alive.
+    BANKS.clear()
+    torch.cuda.empty_cache()
+    warnings.warn(f"Out of memory with {lanes} lanes: {lanes // 2} from now.", stacklevel=2)
+    return lanes // 2
 
 
 def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> None:
     """Train runs of one data set together, each step of every lane in turn."""
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
+    anchors = {anchor for run in runs for anchor in run.method.anchors(run.recipe.epochs)}
+    BANKS.wanted = {store.saved_fingerprint(teacher, epoch) for teacher, epoch in anchors}
     active = [Lane(run, images, test, BANKS) for run in runs]
     progress.skip(sum(lane.epoch for lane in active))
-    while active:
-        for lane in active:
-            lane.begin_epoch()
-        for step in range(max(lane.steps for lane in active)):
+    try:
+        while active:
             for lane in active:
-                if step < lane.steps:
-                    lane.advance()
-        for lane in active:
-            progress.epoch(lane.run, lane.end_epoch())
-            if lane.finished:
-                lane.close()
-        active = [lane for lane in active if not lane.finished]
+                lane.begin_epoch()
+            for step in range(max(lane.steps for lane in active)):
+                for lane in active:
+                    if step < lane.steps:
+                        lane.advance()
+            for lane in active:
+                progress.epoch(lane.run, lane.end_epoch())
+                if lane.finished:
+                    lane.close()
+            active = [lane for lane in active if not lane.finished]
+    finally:
+        if device.type == "cuda":  # a graph must not write to memory that was handed on
+            torch.cuda.synchronize(device)

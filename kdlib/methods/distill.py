@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib import losses
 
@@ -34,11 +35,16 @@ class Method:
         return {anchor for e in range(epochs) if (anchor := self.labeller(e)) is not None}
 
     def loss(
-        self, student: nn.Module, x: Tensor, labels: Tensor, targets: Tensor | None
+        self,
+        student: Callable[[Tensor], Tensor],
+        x: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and named terms of one batch; the term ``loss`` is minimised, all are logged.
 
-        ``targets`` ``[b, classes]`` are the labeller's logits for exactly these views.
+        ``student`` gives float32 logits; losses run in float32 on every device. ``targets``
+        ``[b, classes]`` are the labeller's logits for exactly these views.
         """
         raise NotImplementedError
 
@@ -48,7 +54,7 @@ class CrossEntropy(Method):
     """Learn from the labels alone ("softmax" in RCO's tables)."""
 
     def loss(self, student, x, labels, targets):
-        logits = student(x).float()
+        logits = student(x)
         ce = F.cross_entropy(logits, labels)
         return logits, {"loss": ce, "ce": ce}
 
@@ -75,10 +81,10 @@ class KD(Method):
             object.__setattr__(self, "at", None)
 
     def labeller(self, epoch):
-        return self.teacher, self.at or self.teacher.recipe.epochs
+        return self.teacher, self.teacher.recipe.epochs if self.at is None else self.at
 
     def loss(self, student, x, labels, targets):
-        logits = student(x).float()
+        logits = student(x)
         ce = F.cross_entropy(logits, labels)
         kd = losses.kd(logits, targets, self.temperature)
         return logits, {"loss": self.ce_weight * ce + self.kd_weight * kd, "ce": ce, "kd": kd}
