@@ -34,9 +34,9 @@ class Profile:
     """
 
     name: str
-    says: str
     length: float
     seeds: tuple[int, ...]
+    says: str = ""
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     images: int | None = None
