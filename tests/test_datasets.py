@@ -23,7 +23,7 @@ def refuse(*args, **kwargs):
 def pixels_of(images):
     """The images without their border."""
     inner = slice(images.pad, images.pad + images.size)
-    return images.pixels[:, inner, inner].numpy()
+    return images.pixels[:, inner, inner]
 
 
 # --- names ----------------------------------------------------------------------------------------
