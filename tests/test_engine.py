@@ -504,6 +504,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tiny):
     assert store.find_record(run) is None
 
 
+def test_a_run_that_fails_does_not_hold_up_the_others(tiny):
+    bad, good = tiny(lr=1e30), tiny(seed=1)
+    with pytest.raises(NotFinite, match=bad.id):
+        train([bad, good])
+    assert store.find_record(good) is not None
+
+
 def test_the_last_good_epoch_outlives_a_loss_that_is_not_finite(tiny, epochs_trained):
     run = tiny(epochs=3, milestones=(1,), decay=1e30)
     for _ in range(2):

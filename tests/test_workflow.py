@@ -100,6 +100,20 @@ def test_interrupt_ends_cleanly_and_says_that_nothing_is_lost(tmp_path):
     assert not (tmp_path / "results" / "smoke" / "notebooks" / "00_start_here.ipynb").exists()
 
 
+def test_relative_folders_are_the_callers(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "KDLIB_VENV"}
+    environment |= {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": os.path.dirname(sys.executable) + ":" + os.environ["PATH"],
+        "KDLIB_HOME": "store",
+    }
+    script = f"source {ROOT}/workflow/environment.sh && echo $KDLIB_HOME $PYTHON"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "store"), sys.executable]
+
+
 def small_notebook(path, *sources):
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells[0].metadata.tags = ["parameters"]

@@ -15,6 +15,7 @@ from kdlib.engine.bank import Shelf
 from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
+from kdlib.errors import NotFinite
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -67,14 +68,20 @@ def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) ->
     _ensure(_teachers(missing), device, lanes, weights=True)
     missing = _incomplete(runs, weights)  # a teacher trained anew outdates all its students
     progress = Progress(sum(run.recipe.epochs for run in missing))
+    failures: dict[str, NotFinite] = {}
     try:
         while missing:
             for data, images in {(run.data, run.images) for run in missing}:
                 together = [r for r in missing if (r.data, r.images) == (data, images)]
-                lanes = _train_some(together, device, lanes, progress, weights)
-            missing = _incomplete(missing, weights)
+                lanes = _train_some(together, device, lanes, progress, weights, failures)
+            missing = [run for run in _incomplete(missing, weights) if run.id not in failures]
     finally:
         progress.close()
+    if failures:  # told when the others are done: one bad run does not hold them up
+        first, *others = failures.values()
+        for other in others:
+            first.add_note(str(other))
+        raise first
 
 
 def _teachers(runs: list[Run]) -> list[Run]:
@@ -113,7 +120,12 @@ def _complete(run: Run, weights: bool) -> bool:
 
 
 def _train_some(
-    runs: list[Run], device: torch.device, lanes: int, progress: Progress, weights: bool
+    runs: list[Run],
+    device: torch.device,
+    lanes: int,
+    progress: Progress,
+    weights: bool,
+    failures: dict[str, NotFinite],
 ) -> int:
     """Train up to ``lanes`` of the runs that no other process is training.
 
@@ -136,7 +148,7 @@ def _train_some(
             time.sleep(0.2)
             return lanes
         try:
-            _run_lanes(mine, device, progress)
+            failures |= _run_lanes(mine, device, progress)
             return lanes
         except torch.OutOfMemoryError:
             if lanes == 1:
@@ -148,8 +160,12 @@ def _train_some(
     return lanes // 2
 
 
-def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> None:
-    """Train runs of one data set together, each step of every lane in turn."""
+def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dict[str, NotFinite]:
+    """Train runs of one data set together, each step of every lane in turn.
+
+    Returns by id why a run stopped whose loss left the finite numbers.
+    """
+    failures: dict[str, NotFinite] = {}
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
     anchors = {anchor for run in runs for anchor in run.method.anchors(run.recipe.epochs)}
@@ -165,10 +181,14 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> Non
                     if step < lane.steps:
                         lane.advance()
             for lane in active:
-                progress.epoch(lane.run, lane.end_epoch())
+                try:
+                    progress.epoch(lane.run, lane.end_epoch())
+                except NotFinite as error:
+                    failures[lane.run.id] = error
                 if lane.finished:
                     lane.close()
-            active = [lane for lane in active if not lane.finished]
+            active = [n for n in active if not n.finished and n.run.id not in failures]
     finally:
         if device.type == "cuda":  # a graph must not write to memory that was handed on
             torch.cuda.synchronize(device)
+    return failures
