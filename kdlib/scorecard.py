@@ -107,7 +107,7 @@ def forest(table: pd.DataFrame) -> Figure:
 
 
 def write_page(profile: Profile) -> Path:
-    """One self-contained HTML page, ``results/<profile>/scorecard.html``."""
+    """One self-contained page, ``results/<profile>/scorecard.html``, and its picture beside it."""
     table = gather(profile)
     with plots.style():
         figure = forest(table)
@@ -115,6 +115,8 @@ def write_page(profile: Profile) -> Path:
             plots.stamp(figure, "smoke run: no evidence")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
+    folder = files.results() / profile.folder
+    files.write_atomic(folder / "scorecard.png", buffer.getvalue())
     picture = base64.b64encode(buffer.getvalue()).decode()
     alt = "Forest plot: each claim's estimate and interval beside the paper's; table below."
     sections = [
@@ -132,8 +134,7 @@ def write_page(profile: Profile) -> Path:
         alt=alt,
         sections="\n".join(sections),
     )
-    path = files.results() / profile.folder / "scorecard.html"
-    files.write_atomic(path, page)
+    files.write_atomic(folder / "scorecard.html", page)
     about = {
         "profile": profile.folder,
         "evidence": profile.evidence,
@@ -141,8 +142,8 @@ def write_page(profile: Profile) -> Path:
         "claims": len(table),
         "sha256": hashlib.sha256(page.encode()).hexdigest(),
     }
-    files.write_atomic(path.with_name("scorecard.html.json"), json.dumps(about) + "\n")
-    return path
+    files.write_atomic(folder / "scorecard.html.json", json.dumps(about) + "\n")
+    return folder / "scorecard.html"
 
 
 def _short(claim) -> str:
