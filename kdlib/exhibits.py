@@ -134,9 +134,7 @@ class Exhibit:
         table = as_table(self._verdicts)
         shown = pd.DataFrame(
             {
-                "claim": table.says.where(
-                    table.kind != "value", table.id.str.split("/", n=2).str[2]
-                ),
+                "claim": [claimed(v) for v in self._verdicts],
                 "kind": table.kind,
                 "ours": [_bounded(v) for v in self._verdicts],
                 "paper": table.paper.map(lambda x: "" if np.isnan(x) else f"{x:.4g}"),
@@ -144,7 +142,7 @@ class Exhibit:
                 "verdict": [_worded(v) for v in self._verdicts],
             }
         )
-        return shown
+        return shown.set_index("claim")
 
     def figure(self, figure: Figure, data: pd.DataFrame, alt: str, name: str = "figure") -> None:
         """Save a figure as PNG, SVG and the CSV of what it plots, and show it where there is one.
@@ -267,6 +265,13 @@ def _bounded(verdict: Verdict) -> str:
     if verdict.kind == "value":
         text += " from paper"
     return text if np.isnan(verdict.low) else f"{text} [{verdict.low:+.3g}, {verdict.high:+.3g}]"
+
+
+def claimed(verdict: Verdict) -> str:
+    """The claim's sentence; of a value, also which."""
+    if verdict.kind != "value":
+        return verdict.says
+    return f"{verdict.says.rstrip('.')}: {verdict.id.split('/', 3)[3]}"
 
 
 def _worded(verdict: Verdict) -> str:

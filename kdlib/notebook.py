@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable
 
 from IPython.display import Markdown
@@ -9,7 +10,8 @@ from IPython.display import Markdown
 
 def show(*functions: Callable) -> Markdown:
     """The library's own source of these functions, as the cell's output."""
-    return Markdown("\n".join(f"```python\n{inspect.getsource(f)}```" for f in functions))
+    sources = (textwrap.dedent(inspect.getsource(function)) for function in functions)
+    return Markdown("\n\n".join(f"```python\n{source}```" for source in sources))
 
 
 def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:

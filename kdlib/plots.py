@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import matplotlib as mpl
+import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.titlesize": 9,
     "axes.labelsize": 8.5,
     "font.size": 8.5,
@@ -50,8 +52,9 @@ def style() -> Iterator[None]:
 
 
 def use_style() -> None:
-    """The book's style, for the rest of the process."""
+    """The book's style, for the rest of the process; tables show their sentences whole."""
     mpl.rcParams.update(STYLE)
+    pd.set_option("display.max_colwidth", None)
 
 
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:

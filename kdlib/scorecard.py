@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kdlib import files, plots
 from kdlib.claims import Verdict, all_claims, judge
-from kdlib.exhibits import current_commit
+from kdlib.exhibits import claimed, current_commit
 from kdlib.profiles import Profile
 
 PAPERS = {
@@ -99,6 +99,9 @@ def forest(table: pd.DataFrame) -> Figure:
                 axes.plot(bounds, [y, y], color=color, lw=1.6, ls="-", marker="")
             marker = "<" if x < low else ">" if x > high else SHAPES.get(claim.verdict, "D")
             axes.plot(np.clip(x, low, high), y, marker=marker, color=color, ms=5)
+        if kind == "value" and len(part):
+            high = np.clip(1.3 * (part.estimate / part.scale).abs().max(), 2, high)
+            low = -high
         axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=titles[kind])
         names = [f"{c.exhibit}  {_short(c)}" for c in part.itertuples()]
         axes.set_yticks(range(len(part)), names, fontsize=6.5)
@@ -123,9 +126,7 @@ def write_page(profile: Profile) -> Path:
         f"<h2>{html.escape(title)}</h2>{_claims_html(table[table.paper_key == key])}"
         for key, title in PAPERS.items()
     ]
-    warning = (
-        "" if profile.evidence else "<p class=warn>A smoke run proves the pipeline, no claim.</p>"
-    )
+    warning = "" if profile.evidence else _WARNING
     page = _PAGE.format(
         profile=html.escape(profile.folder),
         warning=warning,
@@ -146,6 +147,21 @@ def write_page(profile: Profile) -> Path:
     return folder / "scorecard.html"
 
 
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Claims with the paper's number and ours, as the page shows them."""
+    rows = [
+        (c.exhibit, claimed(c), _html_number(c.paper), _html_estimate(c), c.n, _worded(c))
+        for c in table.itertuples()
+    ]
+    columns = ["exhibit", "claim", "paper", "ours (95 %)", "seeds", "verdict"]
+    return pd.DataFrame(rows, columns=columns).set_index("exhibit")
+
+
+def _worded(claim) -> str:
+    sign = {True: ": as claimed", False: ": opposite"}.get(claim.as_claimed, "")
+    return claim.verdict + (sign if claim.verdict == "direction only" else "")
+
+
 def _short(claim) -> str:
     return claim.id.removeprefix(claim.exhibit + "/").removeprefix("value-")
 
@@ -154,14 +170,11 @@ def _claims_html(table: pd.DataFrame) -> str:
     rows = []
     for claim in table.itertuples():
         color = VERDICTS[claim.verdict]
-        sign = {True: ": as claimed", False: ": opposite"}.get(claim.as_claimed, "")
-        word = claim.verdict + (sign if claim.verdict == "direction only" else "")
-        says = claim.says if claim.kind != "value" else f"{claim.says} {claim.id.split('/', 3)[3]}"
         rows.append(
-            f"<tr><td>{html.escape(claim.exhibit)}</td><td>{html.escape(says)}</td>"
+            f"<tr><td>{html.escape(claim.exhibit)}</td><td>{html.escape(claimed(claim))}</td>"
             f"<td>{html.escape(claim.where)}</td><td class=n>{_html_number(claim.paper)}</td>"
             f"<td class=n>{_html_estimate(claim)}</td>"
-            f"<td><b style='color:{color}'>■</b> {word}</td></tr>"
+            f"<td><b style='color:{color}'>■</b> {_worded(claim)}</td></tr>"
         )
     head = "<tr><th>exhibit<th>claim<th>where<th>paper<th>ours (95 %)<th>verdict</tr>"
     return f"<table>{head}{''.join(rows)}</table>"
@@ -181,6 +194,8 @@ def _html_estimate(claim) -> str:
     return f"{ours:.4g} [{claim.low + shift:.4g}, {claim.high + shift:.4g}]"
 
 
+_WARNING = """<p class=warn>What a smoke run trains is evidence of nothing but a working pipeline.
+Counts of FLOPs and parameters hold in every profile.</p>"""
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Scorecard, {profile}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">

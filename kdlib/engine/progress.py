@@ -27,7 +27,8 @@ class Progress:
         self.done += 1
         line = (
             f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · "
-            f"loss {row['train_loss']:.3f} · test {row['test_top1']:.2f} % · {self._left()} left"
+            f"loss {row['train_loss']:.3f} · test {row['test_top1']:.2f} % · "
+            f"all runs: {self._left()} left"
         )
         if self.log:
             with self.log.open("a") as file:
