@@ -4,7 +4,7 @@ from kdlib import losses
 from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
-from kdlib.methods import KD, CrossEntropy
+from kdlib.methods import KD, CrossEntropy, MutualLearning, OneStage, RocketLaunching, multi_stage
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
 from kdlib.store import Trained, measure
@@ -14,7 +14,10 @@ __all__ = [
     "KD",
     "CrossEntropy",
     "KdlibError",
+    "MutualLearning",
+    "OneStage",
     "Recipe",
+    "RocketLaunching",
     "Run",
     "Trained",
     "build_model",
@@ -22,5 +25,6 @@ __all__ = [
     "load_data",
     "losses",
     "measure",
+    "multi_stage",
     "train",
 ]

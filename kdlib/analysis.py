@@ -1,10 +1,21 @@
-"""Small tables computed from a trained model, for ``measure``."""
+"""Small tables computed from trained models, for ``measure``."""
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from sklearn.decomposition import KernelPCA
+from torch import Tensor, nn
 
-from kdlib.data import load_data
+from kdlib import losses, store
+from kdlib.data import Images, load_data
+from kdlib.engine.device import pick_device
+from kdlib.engine.plan import mix, validation
+from kdlib.models import build_model
+from kdlib.runs import Run
 from kdlib.store import Trained
+
+CHUNK = 500
 
 
 @torch.no_grad()
@@ -15,3 +26,176 @@ def logits_on_test(trained: Trained, count: int, epoch: int | None = None) -> pd
     table = pd.DataFrame(logits.tolist(), columns=list(images.class_names))
     table.insert(0, "label", images.labels.tolist())
     return table
+
+
+def divergence_from_route(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
+    """H of RCO's Eq. 6: KL(teacher after epoch k ‖ student) for all k; columns epoch, kl.
+
+    Over the validation fifth of the training images, both networks in eval mode, no augmentation.
+    """
+    images = _training_images(trained.run)
+    student = _logits(trained.model(), images, validation(len(images)).to(images.device))
+    teacher = store.find_record(teacher_of(trained.run))
+    rows = []
+    for epoch in range(1, teacher.run.recipe.epochs + 1):
+        taught = store.load_logits(teacher, epoch)
+        kd = losses.kd(student.double(), taught.double(), temperature)
+        rows.append((epoch, kd.item() / temperature**2))
+    return pd.DataFrame(rows, columns=["epoch", "kl"])
+
+
+def training_losses(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
+    """Over all training images in eval mode: columns ``ce`` and, given a teacher, ``kd``.
+
+    ``kd`` is τ²·KL to the teacher's last epoch, whichever checkpoints the student learned from.
+    """
+    images = _training_images(trained.run)
+    logits = _logits(trained.model(), images)
+    row = {"ce": F.cross_entropy(logits, images.labels.cpu()).item()}
+    if teacher := teacher_of(trained.run):
+        taught = _logits(_last_model(teacher), images)
+        row["kd"] = losses.kd(logits, taught, temperature).item()
+    return pd.DataFrame([row])
+
+
+def trajectories(*several: Trained) -> pd.DataFrame:
+    """Where runs of one network and seed went, in the plane of most variance of all their weights.
+
+    Columns: run (0, 1, …), epoch (0 is the common start, at the origin), pc1, pc2, and
+    share1, share2, the parts of the variance that the two axes hold. Needs every epoch kept.
+
+    Weights of convolutions and linear layers only, without biases and batch norm (Li et al. 2018).
+    The principal components are those of the stacked epochs of all runs; they come from the Gram
+    matrix, so that memory holds the trajectories once and nothing of their size beside them.
+    """
+    gram = _gram(several)
+    pca = KernelPCA(n_components=2, kernel="precomputed", eigen_solver="dense")
+    plane = pca.fit_transform(gram)
+    centred = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
+    shares = pca.eigenvalues_ / np.trace(centred)
+    plane = (plane - plane[0]) * np.where(
+        plane[-1] < plane[0], -1, 1
+    )  # the last run goes up, right
+    epochs = [range(trained.run.recipe.epochs + 1) for trained in several]
+    return pd.DataFrame(
+        {
+            "run": np.repeat(range(len(several)), [len(e) for e in epochs]),
+            "epoch": np.concatenate(epochs),
+            "pc1": plane[:, 0],
+            "pc2": plane[:, 1],
+            "share1": shares[0],
+            "share2": shares[1],
+        }
+    )
+
+
+def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
+    """Cosines between where runs have gone from their common start: columns first, second, cosine.
+
+    Of the same weights as ``trajectories``.
+    """
+    rows = []
+    moved = torch.stack([_weights(t.model(epoch)) - _start(t.run) for t in several])
+    cosines = F.normalize(moved.double()) @ F.normalize(moved.double()).T
+    for i in range(len(several)):
+        rows += [(i, j, cosines[i, j].item()) for j in range(i + 1, len(several))]
+    return pd.DataFrame(rows, columns=["first", "second", "cosine"])
+
+
+def noise_losses(
+    trained: Trained, deltas: list[float], draws: int, count: int | None = None
+) -> pd.DataFrame:
+    """Test losses under noise (RCO, Figure 6): columns delta, draw, ce and, given a teacher, kl.
+
+    Noise of deviation δ·σ_in is added to pixels in [0, 1], σ_in being the deviation of all pixels
+    of the image. A draw is the same noise for every network, scaled by δ. ``kl`` is to the last
+    epoch of the teacher on the same noised images, at τ = 1.
+    """
+    device = pick_device()
+    images = load_data(trained.run.data, "test", device).first(count)
+    models = [trained.model().to(device)]
+    if teacher := teacher_of(trained.run):
+        models.append(_last_model(teacher).to(device))
+    rows = []
+    for draw in range(draws):
+        for delta in deltas:
+            logits = [_noised_logits(model, images, delta, draw) for model in models]
+            row = {"delta": delta, "draw": draw}
+            row["ce"] = F.cross_entropy(logits[0], images.labels.cpu()).item()
+            if teacher:
+                row["kl"] = losses.kd(*logits, temperature=1).item()
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def noised(images: Images, index: Tensor, delta: float, draw: int) -> Tensor:
+    """Normalised test images ``[b, c, h, w]`` with noise of deviation δ·σ_in, by image and draw."""
+    x = images.batch(index)
+    mean, std = (
+        torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (images.mean, images.std)
+    )
+    sigma = (x * std + mean).flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
+    noise = [
+        torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(mix("noise", draw, i)))
+        for i in index.tolist()
+    ]
+    return x + delta * sigma * torch.stack(noise).to(x.device) / std
+
+
+def teacher_of(run: Run) -> Run | None:
+    """The run that labels this one's last epoch."""
+    anchor = run.method.labeller(run.recipe.epochs - 1)
+    return anchor and anchor[0]
+
+
+def _last_model(run: Run) -> nn.Module:
+    return store.find_record(run).model()
+
+
+def _training_images(run: Run) -> Images:
+    return load_data(run.data, "train", pick_device()).first(run.images)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Images, index: Tensor | None = None) -> Tensor:
+    """Float32 logits ``[n, classes]`` on the CPU, of the images themselves."""
+    if index is None:
+        index = torch.arange(len(images), device=images.device)
+    model = model.to(images.device)
+    return torch.cat([model(images.batch(chunk)) for chunk in index.split(CHUNK)]).cpu()
+
+
+@torch.no_grad()
+def _noised_logits(model: nn.Module, images: Images, delta: float, draw: int) -> Tensor:
+    chunks = torch.arange(len(images), device=images.device).split(CHUNK)
+    return torch.cat([model(noised(images, index, delta, draw)) for index in chunks]).cpu()
+
+
+def _gram(several: tuple[Trained, ...]) -> np.ndarray:
+    """Inner products of all epochs' displacements from the common start, in float64."""
+    if len({(t.run.data, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
+        raise ValueError("Runs of one plane must share their network, seed and start.")
+    start = _start(several[0].run)
+    rows = sum(t.run.recipe.epochs + 1 for t in several)
+    moved, row = torch.zeros(rows, len(start)), 0
+    for trained in several:
+        for epoch in range(1, trained.run.recipe.epochs + 1):
+            moved[row + epoch] = _weights(trained.model(epoch)) - start
+        row += trained.run.recipe.epochs + 1
+    blocks = (block.double() for block in moved.split(2**14, dim=1))
+    return sum(block @ block.T for block in blocks).numpy()
+
+
+def _start(run: Run) -> Tensor:
+    """The weights that a run starts from."""
+    if run.start:
+        return _weights(_last_model(run.start))
+    images = load_data(run.data, "test")
+    return _weights(
+        build_model(run.model, images.classes, images.channels, seed=mix("weights", run.seed))
+    )
+
+
+def _weights(model: nn.Module) -> Tensor:
+    """Weights of convolutions and linear layers as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])

@@ -78,7 +78,7 @@ class Exhibit:
         """Name runs as part of this exhibit's provenance, their teachers included."""
         for trained in results:
             self.used[trained.run.id] = trained
-            for teacher, _ in trained.run.method.anchors(trained.run.recipe.epochs):
+            for teacher, _ in trained.run.parents:
                 if teacher.id not in self.used and (record := store.find_record(teacher)):
                     self.uses(record)
 

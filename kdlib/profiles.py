@@ -3,6 +3,7 @@
 A notebook states the paper's own quantities; the profile maps them to those that are run.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +14,9 @@ from kdlib.errors import UnknownName
 from kdlib.methods import CrossEntropy, Method
 from kdlib.runs import Recipe, Run
 
-# Epochs of RCO's teachers that some exhibit of the paper labels with. Every notebook keeps them
-# all, so that no teacher is trained again because another notebook asks for one more.
-RCO_ROUTE = (10, 30, 40, 60, 80, 100, 120, 160, 180, 240)
+# Epochs of RCO's teachers that are kept however thin a route is made: all fixed anchors of the
+# paper's exhibits but those of M_gap = 1, 2 and 4 are among them.
+RCO_ROUTE = tuple(range(10, 250, 10))
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Profile:
         datasets: what stands in for a paper's data set; the paper's own where not named.
         models: likewise for networks.
         images: train on so many images only; None for all.
+        axis: of each axis of a grid of networks, take the first so many; None for all.
+        keep_route: of a teacher whose route is learned from, keep the weights of every so many
+            epochs, besides ``RCO_ROUTE``.
         evidence: whether a result may count for or against a paper at all.
         stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
     """
@@ -40,13 +44,16 @@ class Profile:
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     images: int | None = None
+    axis: int | None = None
+    keep_route: int = 1
     evidence: bool = True
     stand_ins: tuple[str, ...] = ()
 
     @property
     def faithful(self) -> bool:
         """Whether nothing is shrunk and nothing stands in for anything."""
-        return self.length == 1 and not (self.datasets or self.models or self.images)
+        shrunk = self.datasets or self.models or self.images or self.axis or self.keep_route > 1
+        return self.length == 1 and not shrunk
 
     @property
     def folder(self) -> str:
@@ -69,6 +76,21 @@ class Profile:
             epochs=self.epochs(epochs), milestones=tuple(map(self.epochs, milestones)), **settings
         )
 
+    def along(self, axis: Iterable) -> tuple:
+        """The values of one axis of a grid of networks that are run."""
+        return tuple(axis)[: self.axis]
+
+    @property
+    def grid_seeds(self) -> tuple[int, ...]:
+        """The seeds of a grid of networks: one where the grid is thinned, too."""
+        return self.seeds[: 1 if self.axis else None]
+
+    def route(self, recipe: Recipe) -> tuple[int, ...]:
+        """The epochs, as run, that a teacher keeps whose route is learned from."""
+        thinned = range(self.keep_route, recipe.epochs + 1, self.keep_route)
+        fixed = (self.epochs(epoch) for epoch in RCO_ROUTE)
+        return tuple(sorted({*thinned, *(e for e in fixed if e <= recipe.epochs)}))
+
     def run(
         self,
         data: str,
@@ -77,8 +99,16 @@ class Profile:
         method: Method = CrossEntropy(),
         seed: int = 0,
         keep: Iterable[int] = (),
+        route: bool = False,
     ) -> Run:
-        """A run named as the paper names it; ``keep`` are the paper's epochs."""
+        """A run named as the paper names it.
+
+        Args:
+            keep: the paper's epochs whose weights are kept.
+            route: of a teacher whose route is learned from: keep ``route(recipe)`` and what tells
+                how far a student is from every epoch.
+        """
+        kept = (*map(self.epochs, keep), *(self.route(recipe) if route else ()))
         return Run(
             data=self.dataset(data),
             model=self.model(model),
@@ -86,7 +116,8 @@ class Profile:
             method=method,
             seed=seed,
             images=self.images,
-            keep=tuple(map(self.epochs, keep)),
+            keep=kept,
+            route=route,
         )
 
     def settings(self, **paper) -> pd.DataFrame:
@@ -120,7 +151,8 @@ PROFILES = {
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models={"resnet50": "resnet8"},
-        images=1500,
+        images=640,
+        axis=2,
         evidence=False,
     ),
     "course": Profile(
@@ -157,7 +189,7 @@ def open_profile(
     """
     if name not in PROFILES:
         raise UnknownName("profile", name, PROFILES)
-    profile = PROFILES[name]
+    profile = replace(PROFILES[name], keep_route=_keep_route())
     if seeds is not None:
         profile = replace(profile, seeds=tuple(seeds))
     if data:
@@ -167,6 +199,14 @@ def open_profile(
         datasets = {**profile.datasets, **canonical}
         profile = replace(profile, datasets=datasets, stand_ins=named)
     return profile
+
+
+def _keep_route() -> int:
+    """``$KDLIB_KEEP_ROUTE``, which ``./run_all.sh --keep-route`` sets."""
+    text = os.environ.get("KDLIB_KEEP_ROUTE") or "1"
+    if not (text.isdecimal() and int(text)):
+        raise ValueError(f"KDLIB_KEEP_ROUTE is {text!r}: it takes a number of epochs, 1 or more.")
+    return int(text)
 
 
 def _pairs(text: str) -> dict[str, str]:

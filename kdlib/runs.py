@@ -1,5 +1,7 @@
 """Run: a frozen description of one training, whose id is a hash of all of it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -7,6 +9,7 @@ from functools import cached_property
 
 from kdlib.data import canonical_name
 from kdlib.methods import CrossEntropy, Method
+from kdlib.methods.distill import Anchor
 from kdlib.models.names import builder
 
 # Part of every id: raise it when a change of the code changes what training computes.
@@ -51,8 +54,12 @@ class Run:
         data: name for ``load_data``.
         model: name for ``build_model``.
         images: train on the first so many images only, classes in turn; None for all.
+        start: begin from the last weights of this run, of the same data and model, instead of
+            random ones; optimizer and schedule begin anew.
         keep: epochs whose weights stay in the store besides the last. Not part of the id: a kept
             checkpoint changes no number.
+        route: keep also the logits of the validation images after every epoch, in half precision.
+            Not part of the id either.
 
     Raises UnknownName at once where the data set or the model is unknown.
     """
@@ -63,7 +70,9 @@ class Run:
     method: Method = CrossEntropy()
     seed: int = 0
     images: int | None = None
+    start: Run | None = None
     keep: tuple[int, ...] = field(default=(), compare=False)
+    route: bool = field(default=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "data", canonical_name(self.data))
@@ -71,6 +80,8 @@ class Run:
         builder(self.model)  # an unknown name is refused here, not after hours
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
+        if self.start and (self.start.data, self.start.model) != (self.data, self.model):
+            raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
 
     @cached_property
     def id(self) -> str:
@@ -81,6 +92,17 @@ class Run:
     def description(self) -> dict:
         """All that the id stands for, as plain JSON: the run's whole ancestry."""
         return describe(self)
+
+    @property
+    def parents(self) -> set[Anchor]:
+        """The checkpoints that label this run, and the one that it starts from."""
+        first = {(self.start, self.start.recipe.epochs)} if self.start else set()
+        return first | self.method.anchors(self.recipe.epochs)
+
+    @property
+    def epochs_before(self) -> int:
+        """Epochs of the runs that this one starts from: its order of images goes on from there."""
+        return self.start.epochs_before + self.start.recipe.epochs if self.start else 0
 
     def __str__(self) -> str:
         method = type(self.method).__name__

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,30 +87,110 @@ def weights_path(run: Run, epoch: int) -> Path:
     return folder(run) / f"epoch-{epoch:04d}.safetensors"
 
 
+def parts_path(run: Run, epoch: int) -> Path:
+    return folder(run) / f"epoch-{epoch:04d}-parts.safetensors"
+
+
+def save_networks(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
+    """Save a student, and beside it what was trained along; return the student's fingerprint.
+
+    Args:
+        weights: their states, names beginning with ``student.`` or a part's name.
+    """
+    parts = {n: tensor for n, tensor in weights.items() if not n.startswith("student.")}
+    if parts:
+        about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(parts)}
+        save_tensors(parts_path(run, epoch), parts, about)
+    return save_weights(run, epoch, _without_prefix(weights, "student."))
+
+
 def save_weights(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
-    """Save a checkpoint and return its fingerprint."""
+    """Save a student's checkpoint and return its fingerprint."""
     about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(weights)}
     save_tensors(weights_path(run, epoch), weights, about)
     return about["fingerprint"]
 
 
+def load_networks(run: Run, epoch: int) -> dict[str, Tensor]:
+    """What ``save_networks`` was given."""
+    student = {f"student.{name}": t for name, t in _load_checked(weights_path(run, epoch)).items()}
+    parts = parts_path(run, epoch)
+    return student | (_load_checked(parts) if parts.exists() else {})
+
+
 def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     """A run's model after ``epoch`` epochs, in eval mode and frozen, and its fingerprint."""
-    path = weights_path(run, epoch)
+    weights = _load_checked(weights_path(run, epoch))
+    return _frozen(run.model, weights), fingerprint(weights)
+
+
+def load_part(run: Run, epoch: int, model: str, part: str = "peer") -> Staged:
+    """A network that was trained along, such as a peer, in eval mode and frozen."""
+    weights = _load_checked(parts_path(run, epoch))
+    return _frozen(model, _without_prefix(weights, f"{part}."))
+
+
+def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
+    classes = next(len(tensor) for tensor in weights.values() if tensor.ndim == 2)
+    network = build_model(model, classes, weights["stem.0.weight"].shape[1], seed=0)
+    load_weights(network, weights)
+    return network.eval().requires_grad_(False)
+
+
+def _without_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+
+
+def _load_checked(path: Path) -> dict[str, Tensor]:
+    """Tensors that are those that were saved; a damaged file is put aside, to be made again."""
     try:
-        weights, about = load_tensors(path)
-        if fingerprint(weights) != about["fingerprint"]:
+        tensors, about = load_tensors(path)
+        if fingerprint(tensors) != about["fingerprint"]:
             raise StoreError(
                 f"{path} is damaged (its content changed); training the run again mends it."
             )
     except StoreError:
-        with contextlib.suppress(FileNotFoundError):  # put aside, so that it is made again
+        with contextlib.suppress(FileNotFoundError):
             path.rename(path.with_suffix(".damaged"))
         raise
-    classes = next(len(tensor) for tensor in weights.values() if tensor.ndim == 2)
-    model = build_model(run.model, classes, weights["stem.0.weight"].shape[1], seed=0)
-    load_weights(model, weights)
-    return model.eval().requires_grad_(False), about["fingerprint"]
+    return tensors
+
+
+# --- logits along a route -------------------------------------------------------------------------
+
+
+def logits_path(run: Run, epoch: int) -> Path:
+    return folder(run) / f"logits-{epoch:04d}.safetensors"
+
+
+def save_logits(run: Run, epoch: int, logits: Tensor) -> str:
+    """Save the logits of the validation images in half precision; return their fingerprint."""
+    tensors = {"logits": logits.half()}
+    about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(tensors)}
+    save_tensors(logits_path(run, epoch), tensors, about)
+    return about["fingerprint"]
+
+
+def load_logits(trained: "Trained", epoch: int) -> Tensor:
+    """Float32 ``[validation images, classes]`` after ``epoch`` epochs of a run with a ``route``.
+
+    Raises StoreError where they are absent, damaged or not those of the record.
+    """
+    path = logits_path(trained.run, epoch)
+    tensors = _load_checked(path)
+    if fingerprint(tensors) != trained.closing.get("logits", {}).get(str(epoch)):
+        raise StoreError(
+            f"{path} are not the logits that the record of {trained.run} tells of; "
+            f"`train([run], weights=True)` with the run's `route` set makes both anew."
+        )
+    return tensors["logits"].float()
+
+
+def holds_logits(trained: "Trained") -> bool:
+    """Whether the logits of every epoch are there."""
+    told = trained.closing.get("logits", {})
+    epochs = range(1, trained.run.recipe.epochs + 1)
+    return all(str(e) in told and logits_path(trained.run, e).exists() for e in epochs)
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -217,26 +297,38 @@ def kept_epochs(run: Run) -> tuple[int, ...]:
     return tuple(map(int, trained.closing["weights"]))
 
 
+def kept_logits(run: Run) -> bool:
+    """Whether the run's record in the store tells of logits along its route."""
+    if not (folder(run) / "record.jsonl").exists() or (trained := find_record(run)) is None:
+        return False
+    return bool(trained.closing.get("logits"))
+
+
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def measure(trained: Trained, fn: Callable[..., pd.DataFrame], **options) -> pd.DataFrame:
+def measure(
+    trained: Trained | Sequence[Trained], fn: Callable[..., pd.DataFrame], **options
+) -> pd.DataFrame:
     """``fn(trained, **options)``, a small table, computed once and kept beside the run's record.
 
     The key is the function's source, its options and the run's weights: change one and it is
-    computed again. Options must be plain JSON.
+    computed again. Options must be plain JSON. A measurement of several runs,
+    ``fn(first, second, …, **options)``, is kept beside the first.
     """
-    key = [inspect.getsource(fn), options, trained.closing["weights"]]
+    several = [trained] if isinstance(trained, Trained) else list(trained)
+    weights = [t.closing["weights"] for t in several]
+    key = [inspect.getsource(fn), options, weights]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    name = f"measure-{fn.__name__}-{digest}.json"
-    committed = files.results().glob(f"*/records/{trained.run.id}.{name}")
-    own = folder(trained.run) / name
+    name, first = f"measure-{fn.__name__}-{digest}.json", several[0].run
+    committed = files.results().glob(f"*/records/{first.id}.{name}")
+    own = folder(first) / name
     for path in (own, *committed):
         try:
             return _read_table(path.read_text())
         except (OSError, ValueError, KeyError, TypeError):
             continue  # absent or damaged: computed again
-    text = json.dumps(fn(trained, **options).to_dict(orient="split", index=False))
+    text = json.dumps(fn(*several, **options).to_dict(orient="split", index=False))
     files.write_atomic(own, text)
     return _read_table(text)
 

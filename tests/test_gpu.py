@@ -86,7 +86,10 @@ def copies(tensors):
 
 
 def momentum(lane):
-    states = {name: lane.optimizer.state[p] for name, p in lane.model.named_parameters()}
+    states = {
+        name: lane.optimizers["student"].state[p]
+        for name, p in lane.networks["student"].named_parameters()
+    }
     return {name: state["momentum_buffer"] for name, state in states.items()}
 
 
@@ -105,7 +108,7 @@ def training_log(lane):
 def test_capturing_moves_nothing(start, gpu):
     lane = start(RUN, capture=True)
     fresh = build_model(RUN.model, 10, 1, seed=mix("weights", RUN.seed)).to(gpu)
-    assert_equal(dict(lane.model.state_dict()), dict(fresh.state_dict()))
+    assert_equal(dict(lane.networks["student"].state_dict()), dict(fresh.state_dict()))
     assert not any(buffer.any() for buffer in momentum(lane).values())
     assert not any(total.any() for total in lane.meter.values())
     assert not lane.cursor.any()
@@ -118,7 +121,10 @@ def test_momentum_and_statistics_after_the_first_steps_are_those_of_an_eager_lan
     advance(captured, steps)
     advance(eager, steps)
     assert_equal(momentum(captured), momentum(eager))
-    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert_equal(
+        dict(captured.networks["student"].state_dict()),
+        dict(eager.networks["student"].state_dict()),
+    )
     assert captured.cursor.item() == eager.cursor.item() == steps
 
 
@@ -127,7 +133,10 @@ def test_a_captured_lane_equals_an_eager_one_for_50_steps(start, monkeypatch, dt
     monkeypatch.setattr(lane_module, "training_dtype", lambda device: dtype)
     captured, eager = finish(start(RUN, capture=True)), finish(start(RUN, capture=False))
     assert training_log(captured) == training_log(eager)
-    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert_equal(
+        dict(captured.networks["student"].state_dict()),
+        dict(eager.networks["student"].state_dict()),
+    )
     assert_equal(momentum(captured), momentum(eager))
 
 
@@ -144,7 +153,10 @@ def test_a_captured_student_of_changing_teachers_equals_an_eager_one(start, gpu)
     run = replace(RUN, method=Route(RUN), seed=1)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
     assert training_log(captured) == training_log(eager)
-    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert_equal(
+        dict(captured.networks["student"].state_dict()),
+        dict(eager.networks["student"].state_dict()),
+    )
 
 
 @pytest.mark.parametrize("capture", [True, False])
@@ -154,12 +166,14 @@ def test_a_change_of_the_learning_rate_takes_effect(start, capture):
     lane = start(run, capture)
     advance(lane, lane.steps)
     lane.end_epoch()
-    parameters = copies(dict(lane.model.named_parameters()))
-    buffers = copies(dict(lane.model.named_buffers()))
+    parameters = copies(dict(lane.networks["student"].named_parameters()))
+    buffers = copies(dict(lane.networks["student"].named_buffers()))
     lane.begin_epoch()
     advance(lane, lane.steps)
-    assert_equal(dict(lane.model.named_parameters()), parameters)
-    assert not any(torch.equal(b, buffers[name]) for name, b in lane.model.named_buffers())
+    assert_equal(dict(lane.networks["student"].named_parameters()), parameters)
+    assert not any(
+        torch.equal(b, buffers[name]) for name, b in lane.networks["student"].named_buffers()
+    )
 
 
 def test_an_evaluation_between_replays_leaves_training_alone(start):
@@ -167,9 +181,12 @@ def test_an_evaluation_between_replays_leaves_training_alone(start):
     for _ in range(3):
         advance(lane, 5)
         lane._evaluate()
-        lane.model.train()
+        lane.networks["student"].train()
     advance(undisturbed, 15)
-    assert_equal(dict(lane.model.state_dict()), dict(undisturbed.model.state_dict()))
+    assert_equal(
+        dict(lane.networks["student"].state_dict()),
+        dict(undisturbed.networks["student"].state_dict()),
+    )
 
 
 def test_a_resumed_lane_equals_an_uninterrupted_one(start, gpu, monkeypatch):
@@ -185,7 +202,10 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(start, gpu, monkeypatch):
     assert_equal(momentum(resumed), momentum(first))
     finish(resumed)
     assert training_log(resumed) == training_log(uninterrupted)
-    assert_equal(dict(resumed.model.state_dict()), dict(uninterrupted.model.state_dict()))
+    assert_equal(
+        dict(resumed.networks["student"].state_dict()),
+        dict(uninterrupted.networks["student"].state_dict()),
+    )
 
 
 # --- many lanes -----------------------------------------------------------------------------------
@@ -277,4 +297,7 @@ def test_labels_do_not_depend_on_when_they_were_computed(teacher, gpu):
 def test_an_epoch_may_have_fewer_steps_than_the_warm_up(start):
     run = replace(RUN, recipe=replace(RUN.recipe, batch=64), images=64)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
-    assert_equal(dict(captured.model.state_dict()), dict(eager.model.state_dict()))
+    assert_equal(
+        dict(captured.networks["student"].state_dict()),
+        dict(eager.networks["student"].state_dict()),
+    )

@@ -1,6 +1,6 @@
 """Data sets as device-resident uint8 images."""
 
-from kdlib.data.datasets import canonical_name, download, label, load_data
+from kdlib.data.datasets import canonical_name, count_views, download, label, load_data
 from kdlib.data.images import Images
 
-__all__ = ["Images", "canonical_name", "download", "label", "load_data"]
+__all__ = ["Images", "canonical_name", "count_views", "download", "label", "load_data"]

@@ -44,6 +44,8 @@ KINDS = {
     "cifar100": Kind(4, True, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
+FOLDER_KIND = Kind(4, True, (0.5,), (0.5,))  # of which mean and deviation are its images' own
+
 
 def load_data(name: str, split: str = "train", device: str | torch.device = "cpu") -> Images:
     """One split of a data set, resident on ``device``.
@@ -75,6 +77,12 @@ def canonical_name(name: str) -> str:
     if name not in KINDS and "@" not in name:
         raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
     return name
+
+
+def count_views(name: str) -> int:
+    """Distinct views of a training image, known without loading one."""
+    kind = KINDS.get(canonical_name(name), FOLDER_KIND)
+    return (2 * kind.pad + 1) ** 2 * (1 + kind.flip)
 
 
 def label(name: str) -> str:
@@ -164,7 +172,7 @@ def _folder(name: str, split: str) -> tuple:
     with safe_open(cache["file"], "np") as tensors:
         pixels, labels = (tensors.get_tensor(f"{split}_{part}") for part in ("pixels", "labels"))
     mean, std = tuple(cache["mean"]), tuple(cache["std"])
-    return pixels, labels, cache["classes"], Kind(4, True, mean, std)
+    return pixels, labels, cache["classes"], FOLDER_KIND._replace(mean=mean, std=std)
 
 
 def _folder_cache(folder: Path) -> dict:

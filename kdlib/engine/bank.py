@@ -70,21 +70,30 @@ class LabelBank:
 class Shelf:
     """The banks of a process, by teacher checkpoint and images, within half of the memory.
 
-    A bank that would not fit asks its teacher every time instead: slower, the same numbers. Banks
-    that no lane in training wants make room first.
+    A bank that would not fit asks its teacher every time instead: slower, the same numbers. So does
+    one that is ``passing``, hardly any of whose labels are asked for twice; of those only the last
+    few are at hand. Banks that no lane in training wants make room first.
     """
+
+    # Teachers of one epoch at hand: as many as lanes that run side by side.
+    AT_HAND = 8
 
     def __init__(self):
         self.banks: dict[tuple, LabelBank] = {}
         self.wanted: set[str] = set()
+        self.passing: set[str] = set()
 
     def get(self, key: tuple, make: Callable[[], LabelBank]) -> LabelBank:
         """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
             bank = make()
+            bank.remembers = key[0] not in self.passing
             if not self._fits(bank):
                 self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
                 bank.remembers = self._fits(bank)
+            forgetful = [k for k, b in self.banks.items() if not b.remembers]
+            for surplus in forgetful[: 1 - self.AT_HAND]:
+                del self.banks[surplus]
             self.banks[key] = bank
         return self.banks[key]
 

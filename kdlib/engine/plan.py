@@ -39,3 +39,9 @@ def epoch_batches(seed: int, epoch: int, n: int, views: int, batch: int) -> tupl
         view = torch.cat([previous_view[-left_over:], view])
     whole = len(order) // batch * batch
     return order[:whole].view(-1, batch), view[:whole].view(-1, batch)
+
+
+def validation(n: int) -> Tensor:
+    """A fixed random fifth of n training images, in order: RCO's X', which stays in training."""
+    generator = torch.Generator().manual_seed(mix("validation", n))
+    return torch.randperm(n, generator=generator)[: n // 5].sort().values

@@ -2,9 +2,11 @@
 
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from filelock import Timeout
@@ -12,25 +14,43 @@ from filelock import Timeout
 from kdlib import store
 from kdlib.data import load_data
 from kdlib.engine.bank import Shelf
+from kdlib.engine.budget import label_sweeps
 from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
-from kdlib.errors import NotFinite
+from kdlib.errors import NotFinite, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
 # On a GPU a step of one small network leaves most of it idle; on a CPU it does not.
 GPU_LANES = 8
 BANKS = Shelf()
+# A bank is kept where it saves at least a tenth of its teacher's sweeps.
+WORTH = 0.9
+
+
+class Search(Protocol):
+    """A chain of runs of which each is known only when the one before is trained."""
+
+    def following(self, trained: Trained | None) -> Run | None:
+        """The first run, for None; the run after this one; None after the last.
+
+        Raises StoreError where weights or logits are missing.
+        """
+
+    def looks_at(self, run: Run) -> list[Run]:
+        """Runs whose weights or logits decide what follows ``run``."""
 
 
 def train(
-    runs: Iterable[Run],
+    runs: Iterable[Run | Search],
     device: str | torch.device | None = None,
     lanes: int | None = None,
     weights: bool = False,
 ) -> list[Trained]:
     """Train what the store and the committed records do not have yet; return one result per run.
+
+    A search of runs is trained run by run, beside the others; its result is that of its last run.
 
     Teachers named by the runs are trained first, and only where a student needs them. Several
     processes may share a store: each run is trained by one of them while the others wait.
@@ -46,19 +66,36 @@ def train(
         StoreError, DataError: what cannot be read or written, and what to do.
     """
     runs, device = list(runs), pick_device(device)
+    searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
+    runs = [run.following(None) if k in searches else run for k, run in enumerate(runs)]
     torch.set_flush_denormal(True)
     keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
-    _ensure(_merge(runs), device, lanes, weights)
-    return [store.find_record(run) for run in runs]
+    while True:
+        _ensure(_merge(runs), device, lanes, weights)
+        following = {k: _following(s, runs[k], device, lanes) for k, s in searches.items()}
+        searches = {k: s for k, s in searches.items() if following[k]}
+        if not searches:
+            return [store.find_record(run) for run in runs]
+        for k in searches:
+            runs[k] = following[k]
+
+
+def _following(search: Search, run: Run, device: torch.device, lanes: int) -> Run | None:
+    trained = store.find_record(run)
+    try:
+        return search.following(trained)
+    except StoreError:  # a clone with records alone: train what the search wants to look at
+        _ensure(_merge([run, *search.looks_at(run)]), device, lanes, weights=True)
+        return search.following(store.find_record(run))
 
 
 def _merge(runs: Iterable[Run]) -> list[Run]:
     """Each run once, keeping the checkpoints that any of its mentions asks for."""
     merged: dict[str, Run] = {}
     for run in runs:
-        keep = merged[run.id].keep if run.id in merged else ()
-        merged[run.id] = replace(run, keep=(*keep, *run.keep))
+        known = merged.get(run.id, run)
+        merged[run.id] = replace(run, keep=(*known.keep, *run.keep), route=known.route or run.route)
     return list(merged.values())
 
 
@@ -86,7 +123,7 @@ def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) ->
 
 def _teachers(runs: list[Run]) -> list[Run]:
     """The runs whose checkpoints label these, asked to keep them."""
-    anchors = {anchor for run in runs for anchor in run.method.anchors(run.recipe.epochs)}
+    anchors = {anchor for run in runs for anchor in run.parents}
     return _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
 
 
@@ -106,11 +143,17 @@ def _complete(run: Run, weights: bool) -> bool:
     needed = {*run.keep, run.recipe.epochs} if weights or store.kept_epochs(run) else set()
     if not store.holds_weights(trained, needed):
         return False
-    for teacher, epoch in run.method.anchors(run.recipe.epochs):
-        record = store.find_record(teacher)
-        now = record and record.closing["weights"].get(str(epoch))
-        before = trained.closing["teachers"].get(f"{teacher.id}@{epoch}")
-        if record and (now != before or not _complete(teacher, weights=False)):
+    if run.route and needed and not store.holds_logits(trained):
+        return False
+    parents = defaultdict(set)
+    for teacher, epoch in run.parents:
+        parents[teacher].add(epoch)
+    for teacher, epochs in parents.items():
+        if (record := store.find_record(teacher)) is None:
+            continue
+        now, before = record.closing["weights"], trained.closing["teachers"]
+        moved = any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs)
+        if moved or not _complete(teacher, weights=False):
             warnings.warn(
                 f"{run} learned from other weights of its teacher {teacher}; it is trained again.",
                 stacklevel=2,
@@ -143,7 +186,8 @@ def _train_some(
                 continue
             if not _complete(run, weights):  # it may have been finished while we asked for the lock
                 # A route that is trained again keeps what it kept: others label with it.
-                mine.append(replace(run, keep=(*run.keep, *store.kept_epochs(run))))
+                kept = (*run.keep, *store.kept_epochs(run))
+                mine.append(replace(run, keep=kept, route=run.route or store.kept_logits(run)))
         if not mine:
             time.sleep(0.2)
             return lanes
@@ -168,8 +212,9 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dic
     failures: dict[str, NotFinite] = {}
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
-    anchors = {anchor for run in runs for anchor in run.method.anchors(run.recipe.epochs)}
-    BANKS.wanted = {store.saved_fingerprint(teacher, epoch) for teacher, epoch in anchors}
+    sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(runs).items()}
+    BANKS.wanted = set(sweeps)
+    BANKS.passing = {teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live}
     active = [Lane(run, images, test, BANKS) for run in runs]
     progress.skip(sum(lane.epoch for lane in active))
     try:

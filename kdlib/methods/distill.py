@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib import losses
 
 if TYPE_CHECKING:
-    from kdlib.runs import Run
+    from kdlib.engine.lane import InFloat32
+    from kdlib.models import Staged
+    from kdlib.runs import Recipe, Run
 
-# A checkpoint of a teacher: the run and how many epochs of it; None for the end.
+# A checkpoint of a teacher: the run and how many epochs of it.
 Anchor = tuple["Run", int]
+
+
+class Step(NamedTuple):
+    """What a loss may read: one batch, and the networks of a student in training.
+
+    Networks are called as they are, and give float32 on every device: losses run in float32.
+
+    Attributes:
+        x: images ``[b, channels, height, width]``.
+        labels: int64 ``[b]``.
+        targets: ``[b, classes]``, the labeller's logits for exactly these views; None without a
+            labeller.
+        student: the network to train.
+        teacher: the labeller itself, frozen, for a method that is ``live``; else None.
+        parts: what else the method trains, by name.
+    """
+
+    x: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    student: InFloat32
+    teacher: InFloat32 | None
+    parts: Mapping[str, InFloat32]
 
 
 @dataclass(frozen=True)
 class Method:
     """What every method says of itself; its fields are part of the run's description."""
 
+    # Whether the loss needs the teacher itself, for its features, rather than its logits.
+    live = False
+
     def labeller(self, epoch: int) -> Anchor | None:
         """Whose logits label the student's ``epoch`` (from 0): a teacher's run and its epoch.
 
-        None where no logits are needed. Plain distillation and every RCO strategy differ in
+        None where no teacher is needed. Plain distillation and every RCO strategy differ in
         nothing but this answer.
         """
         return None
@@ -34,18 +62,21 @@ class Method:
         """All checkpoints that label a run of this many epochs."""
         return {anchor for e in range(epochs) if (anchor := self.labeller(e)) is not None}
 
-    def loss(
-        self,
-        student: Callable[[Tensor], Tensor],
-        x: Tensor,
-        labels: Tensor,
-        targets: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and named terms of one batch; the term ``loss`` is minimised, all are logged.
+    def parts(self, student: Staged, teacher: Staged | None, x: Tensor) -> dict[str, nn.Module]:
+        """Modules that are trained along with the student, freshly initialised.
 
-        ``student`` gives float32 logits; losses run in float32 on every device. ``targets``
-        ``[b, classes]`` are the labeller's logits for exactly these views.
+        Called once with a few images ``x`` under a seeded random state. A part that is a whole
+        network is tested after each epoch, as the student is.
         """
+        return {}
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Parts that learn at a rate and schedule of their own; others share the student's."""
+        return {}
+
+    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits and named terms of one batch; ``loss`` is minimised, all are
+        logged."""
         raise NotImplementedError
 
 
@@ -53,38 +84,52 @@ class Method:
 class CrossEntropy(Method):
     """Learn from the labels alone ("softmax" in RCO's tables)."""
 
-    def loss(self, student, x, labels, targets):
-        logits = student(x)
-        ce = F.cross_entropy(logits, labels)
+    def loss(self, step):
+        logits = step.student(step.x)
+        ce = F.cross_entropy(logits, step.labels)
         return logits, {"loss": ce, "ce": ce}
 
 
 @dataclass(frozen=True)
-class KD(Method):
-    """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) (Hinton et al. 2015; RCO Eq. 1).
+class FromTeacher(Method):
+    """Learn from one checkpoint of a trained teacher.
 
     Attributes:
         teacher: the run that labels.
         at: by its checkpoint after this many epochs; None for its last.
-        temperature: T, RCO's τ = 5 by default.
-        ce_weight, kd_weight: RCO's λ is not printed; both are 1 by default (docs/decisions.md).
     """
 
     teacher: Run
     at: int | None = None
-    temperature: float = 5.0
-    ce_weight: float = 1.0
-    kd_weight: float = 1.0
 
     def __post_init__(self):  # one training, one id: the last epoch is None
         if self.at == self.teacher.recipe.epochs:
             object.__setattr__(self, "at", None)
 
-    def labeller(self, epoch):
-        return self.teacher, self.teacher.recipe.epochs if self.at is None else self.at
+    @property
+    def anchor(self) -> int:
+        """The teacher's epoch that labels."""
+        return self.teacher.recipe.epochs if self.at is None else self.at
 
-    def loss(self, student, x, labels, targets):
-        logits = student(x)
-        ce = F.cross_entropy(logits, labels)
-        kd = losses.kd(logits, targets, self.temperature)
+    def labeller(self, epoch):
+        return self.teacher, self.anchor
+
+
+@dataclass(frozen=True)
+class KD(FromTeacher):
+    """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) (Hinton et al. 2015; RCO Eq. 1).
+
+    Attributes:
+        temperature: T, RCO's τ = 5 by default.
+        ce_weight, kd_weight: RCO's λ is not printed; both are 1 by default (docs/decisions.md).
+    """
+
+    temperature: float = 5.0
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+
+    def loss(self, step):
+        logits = step.student(step.x)
+        ce = F.cross_entropy(logits, step.labels)
+        kd = losses.kd(logits, step.targets, self.temperature)
         return logits, {"loss": self.ce_weight * ce + self.kd_weight * kd, "ce": ce, "kd": kd}

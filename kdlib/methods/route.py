@@ -1,0 +1,106 @@
+"""RCO: learn from the checkpoints of the teacher's route, easy to hard (Jin et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kdlib.methods.distill import FromTeacher, Method
+
+if TYPE_CHECKING:
+    from kdlib.runs import Run
+
+
+@dataclass(frozen=True)
+class OneStage(Method):
+    """One-stage EEI: the teacher's checkpoint changes every ``gap`` epochs (RCO §4.4).
+
+    The student's first ``gap`` epochs learn from the teacher's epoch ``gap``, the next from its
+    epoch ``2 * gap``, and so on; what is beyond the teacher's end is its end. The learning rate
+    goes on as if nothing had happened.
+
+    Attributes:
+        method: what is learned from each checkpoint, such as ``KD(teacher)``.
+        gap: M_gap, in epochs.
+    """
+
+    method: FromTeacher
+    gap: int
+
+    def __post_init__(self):
+        if self.gap < 1:
+            raise ValueError(
+                f"A gap of {self.gap} epochs: at least one is needed. Below that, teacher and "
+                f"student step together, which is RocketLaunching."
+            )
+
+    @property
+    def live(self):
+        return self.method.live
+
+    def labeller(self, epoch):
+        teacher = self.method.teacher
+        return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+
+    def parts(self, student, teacher, x):
+        return self.method.parts(student, teacher, x)
+
+    def loss(self, step):
+        return self.method.loss(step)
+
+
+def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
+    """A full training for every anchor, each starting from the last one's weights (Algorithm 1).
+
+    Optimizer and schedule begin anew with every anchor.
+
+    Args:
+        student: what to train at each stage; its method learns from a teacher.
+        anchors: the teacher's epochs, first to last.
+    """
+    stages: list[Run] = []
+    for anchor in anchors:
+        stages.append(following(student, stages[-1] if stages else None, anchor))
+    return stages
+
+
+def following(student: Run, before: Run | None, anchor: int) -> Run:
+    """The stage of ``anchor``, after the stage ``before``."""
+    return replace(student, method=replace(student.method, at=anchor), start=before)
+
+
+def hardness(divergence: Mapping[int, float], anchor: int) -> dict[int, float]:
+    """r_ij of Eq. 6 for all epochs j past the anchor i: (H_j - H_i) / H_i.
+
+    Args:
+        divergence: H by the teacher's epoch: its divergence from a student of the anchor.
+    """
+    own = divergence[anchor]
+    return {j: (h - own) / own for j, h in sorted(divergence.items()) if j > anchor}
+
+
+def next_anchor(
+    divergence: Mapping[int, float],
+    anchor: int,
+    delta: float = 0.8,
+    allowed: Callable[[int], bool] = lambda epoch: True,
+) -> int:
+    """Greedy search (Algorithm 2): the last epoch before the first that is too hard, r_ij > δ.
+
+    Where that is the anchor itself, the next epoch, so that the search moves on; where no epoch is
+    too hard, the last, N. The last is never tested (``while j < N``).
+
+    Args:
+        divergence: H by the teacher's epoch, 1 to N.
+        anchor: i, whose student H belongs to.
+        allowed: which epochs may be anchors; N always may.
+    """
+    last = max(divergence)
+    if anchor >= last:
+        raise ValueError(f"Nothing follows epoch {anchor}: the teacher has {last}.")
+    candidates = [j for j in range(anchor + 1, last) if allowed(j)] + [last]
+    hard = (j for j, r in hardness(divergence, anchor).items() if j < last and r > delta)
+    if (first_hard := next(hard, None)) is None:
+        return last
+    return max((j for j in candidates if j < first_hard), default=candidates[0])

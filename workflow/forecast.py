@@ -1,0 +1,142 @@
+"""What a profile will train, read off the notebooks before anything is trained.
+
+python workflow/forecast.py [PROFILE ...]      all profiles without arguments
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import book
+
+import kdlib
+from kdlib.engine.budget import ancestry, label_sweeps
+from kdlib.greedy import GreedySearch
+from kdlib.profiles import PROFILES
+from kdlib.runs import Run
+
+# What one epoch of a route adds beside weights: half-precision logits of 10,000 images, 100 classes.
+ROUTE_LOGITS = 2_000_000
+
+
+class Declared(Exception):
+    """Carries the runs that a notebook asked for instead of training them."""
+
+
+def declared(notebook: book.Notebook, **parameters) -> list[Run]:
+    """The runs of a notebook's call of ``train``, a search counted as four stages.
+
+    Its cells are executed up to there; a notebook that trains nothing has none.
+    """
+
+    def stop(runs, **options):
+        raise Declared(list(runs))
+
+    cells = json.loads(notebook.path.read_text())["cells"]
+    namespace, train, kdlib.train = {}, kdlib.train, stop
+    try:
+        for cell in cells:
+            tags = cell["metadata"].get("tags", [])
+            if cell["cell_type"] == "code" and "install" not in tags:
+                exec("".join(cell["source"]), namespace)
+                namespace |= parameters if "parameters" in tags else {}
+    except Declared as asked:
+        runs: list[Run] = []
+        for item in asked.args[0]:
+            runs += item.foreseen() if isinstance(item, GreedySearch) else [item]
+        return runs
+    finally:
+        kdlib.train = train
+    return []
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a set of runs costs, each counted once, and their teachers with them.
+
+    Attributes:
+        students, teachers: how many runs.
+        student_epochs, teacher_epochs: passes over the training images that train them.
+        live, banked: passes of teachers that label, beside every student or with the label bank.
+        disk: bytes of weights kept, and of logits along routes.
+    """
+
+    students: int
+    teachers: int
+    student_epochs: int
+    teacher_epochs: int
+    live: int
+    banked: float
+    disk: int
+
+
+def forecast(runs: Iterable[Run]) -> Forecast:
+    everything = ancestry(runs)
+    labelling = {t.id for run in everything for t, _ in run.method.anchors(run.recipe.epochs)}
+    teachers = [run for run in everything if run.id in labelling]
+    students = [run for run in everything if run.id not in labelling]
+    sweeps = label_sweeps(students).values()
+    kept = _kept(runs)
+    return Forecast(
+        students=len(students),
+        teachers=len(teachers),
+        student_epochs=sum(run.recipe.epochs for run in students),
+        teacher_epochs=sum(run.recipe.epochs for run in teachers),
+        live=sum(s.live for s in sweeps),
+        banked=sum(s.banked for s in sweeps),
+        disk=sum(
+            len(kept[run.id] | {run.recipe.epochs}) * _bytes(run.model)
+            + run.route * run.recipe.epochs * ROUTE_LOGITS
+            for run in everything
+        ),
+    )
+
+
+def _kept(runs: Iterable[Run]) -> dict[str, set[int]]:
+    """Kept epochs by run: its own and those that others learn or start from."""
+    kept: dict[str, set[int]] = {}
+    pending = list(runs)
+    seen = set()
+    while pending:
+        run = pending.pop()
+        kept.setdefault(run.id, set()).update(run.keep)
+        for parent, epoch in run.parents if run.id not in seen else ():
+            kept.setdefault(parent.id, set()).add(epoch)
+            pending.append(parent)
+        seen.add(run.id)
+    return kept
+
+
+@cache
+def _bytes(model: str) -> int:
+    network = kdlib.build_model(model, classes=100, seed=0)
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
+
+
+def table(profiles: Iterable[str], data: dict | None = None) -> str:
+    """One line per profile."""
+    heads = ("profile", "students", "epochs", "teachers", "epochs", "sweeps live", "banked", "disk")
+    rows = [heads]
+    for profile in profiles:
+        runs = [run for n in book.notebooks() for run in declared(n, profile=profile, data=data)]
+        f = forecast(runs)
+        counts = (
+            f.students,
+            f.student_epochs,
+            f.teachers,
+            f.teacher_epochs,
+            f.live,
+            round(f.banked),
+        )
+        rows.append((profile, *(f"{count:,}" for count in counts), f"{f.disk / 1e9:,.1f} GB"))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in pairs)
+        for pairs in (enumerate(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1:] or PROFILES))
