@@ -4,6 +4,7 @@ from kdlib import losses
 from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
+from kdlib.greedy import GreedySearch
 from kdlib.methods import KD, CrossEntropy, MutualLearning, OneStage, RocketLaunching, multi_stage
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KD",
     "CrossEntropy",
+    "GreedySearch",
     "KdlibError",
     "MutualLearning",
     "OneStage",

@@ -11,6 +11,7 @@ from kdlib import losses, store
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix, validation
+from kdlib.errors import StoreError
 from kdlib.models import build_model
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -35,7 +36,9 @@ def divergence_from_route(trained: Trained, temperature: float = 5.0) -> pd.Data
     """
     images = _training_images(trained.run)
     student = _logits(trained.model(), images, validation(len(images)).to(images.device))
-    teacher = store.find_record(teacher_of(trained.run))
+    teacher = _record(teacher_of(trained.run))
+    if teacher.run.images != trained.run.images:
+        raise ValueError(f"{trained.run} and {teacher.run} do not learn from the same images.")
     rows = []
     for epoch in range(1, teacher.run.recipe.epochs + 1):
         taught = store.load_logits(teacher, epoch)
@@ -95,7 +98,8 @@ def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
     Of the same weights as ``trajectories``.
     """
     rows = []
-    moved = torch.stack([_weights(t.model(epoch)) - _start(t.run) for t in several])
+    start = _common_start(several)
+    moved = torch.stack([_weights(t.model(epoch)) - start for t in several])
     cosines = F.normalize(moved.double()) @ F.normalize(moved.double()).T
     for i in range(len(several)):
         rows += [(i, j, cosines[i, j].item()) for j in range(i + 1, len(several))]
@@ -149,7 +153,13 @@ def teacher_of(run: Run) -> Run | None:
 
 
 def _last_model(run: Run) -> nn.Module:
-    return store.find_record(run).model()
+    return _record(run).model()
+
+
+def _record(run: Run) -> Trained:
+    if (found := store.find_record(run)) is None:
+        raise StoreError(f"There is no record of {run}: `train([run], weights=True)` makes it.")
+    return found
 
 
 def _training_images(run: Run) -> Images:
@@ -173,9 +183,7 @@ def _noised_logits(model: nn.Module, images: Images, delta: float, draw: int) ->
 
 def _gram(several: tuple[Trained, ...]) -> np.ndarray:
     """Inner products of all epochs' displacements from the common start, in float64."""
-    if len({(t.run.data, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
-        raise ValueError("Runs of one plane must share their network, seed and start.")
-    start = _start(several[0].run)
+    start = _common_start(several)
     rows = sum(t.run.recipe.epochs + 1 for t in several)
     moved, row = torch.zeros(rows, len(start)), 0
     for trained in several:
@@ -186,8 +194,11 @@ def _gram(several: tuple[Trained, ...]) -> np.ndarray:
     return sum(block @ block.T for block in blocks).numpy()
 
 
-def _start(run: Run) -> Tensor:
-    """The weights that a run starts from."""
+def _common_start(several: tuple[Trained, ...]) -> Tensor:
+    """The weights that all of these start from."""
+    run = several[0].run
+    if len({(t.run.data, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
+        raise ValueError("These runs do not share their data, network, seed and start.")
     if run.start:
         return _weights(_last_model(run.start))
     images = load_data(run.data, "test")

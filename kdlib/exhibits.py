@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -57,13 +57,19 @@ class Exhibit:
         row: str,
         column: str,
         results: Iterable[Trained],
-        value: str | Callable[[Trained], float],
+        value: str | Callable[[Trained], float] | Mapping[int, float],
     ) -> None:
-        """One cell, one value per seed: a column of the last epoch's log, or what a function says.
+        """One cell, one value per seed: a column of the last epoch's log, what a function says of
+        each result, or a mapping of seeds.
 
         The last epoch is what counts; nothing is chosen by the test set.
         """
-        read = (lambda trained: trained.final[value]) if isinstance(value, str) else value
+        if isinstance(value, str):
+            read = lambda trained: trained.final[value]  # noqa: E731
+        elif isinstance(value, Mapping):
+            read = lambda trained: value[trained.run.seed]  # noqa: E731
+        else:
+            read = value
         for trained in results:
             self.uses(trained)
             cell, number = self.cells.setdefault((row, column), {}), float(read(trained))
@@ -254,7 +260,7 @@ def _number(value: float) -> str:
 def _measured(cell) -> str:
     """Ours as text: a count as it is, a measured mean ± spread over seeds and how many."""
     if cell.n == 1 and np.isnan(cell.spread):
-        return f"{cell.ours:.5g}"
+        return _number(cell.ours) if cell.ours == int(cell.ours) else f"{cell.ours:.5g}"
     return f"{cell.ours:.2f} ± {cell.spread:.2f} ({cell.n})"
 
 

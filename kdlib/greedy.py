@@ -30,6 +30,8 @@ class GreedySearch:
     every: int = 1
 
     def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"Anchors every {self.every} epochs: at least one is needed.")
         teacher = self._method.teacher
         allowed = [e for e in range(1, teacher.recipe.epochs + 1) if self._allowed(e)]
         kept = replace(teacher, keep=(*teacher.keep, *allowed, self.first), route=True)
@@ -84,11 +86,11 @@ def total_epochs(trained: Trained) -> int:
 
 def divergences(trained: Trained) -> pd.DataFrame:
     """H_j of every stage but the last, that is what the search saw: columns anchor, epoch, kl."""
-    seen = [
-        measure(stage, analysis.divergence_from_route).assign(anchor=stage.run.method.anchor)
-        for stage in stages(trained)[:-1]
-    ]
-    return pd.concat(seen, ignore_index=True)
+    seen = [pd.DataFrame({"epoch": [], "kl": [], "anchor": []})]  # of a search that took one anchor
+    for stage in stages(trained)[:-1]:
+        table = measure(stage, analysis.divergence_from_route)
+        seen.append(table.assign(anchor=stage.run.method.anchor))
+    return pd.concat(seen[1:] or seen, ignore_index=True)
 
 
 def _backwards(run: Run | None) -> Iterator[Run]:

@@ -91,6 +91,10 @@ class Profile:
         fixed = (self.epochs(epoch) for epoch in RCO_ROUTE)
         return tuple(sorted({*thinned, *(e for e in fixed if e <= recipe.epochs)}))
 
+    def keeps(self, gap: int) -> bool:
+        """Whether a route has an anchor every ``gap`` of the paper's epochs."""
+        return self.epochs(gap) % self.keep_route == 0 or gap in RCO_ROUTE
+
     def run(
         self,
         data: str,
@@ -143,15 +147,23 @@ class Profile:
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
 
 
+# A MobileNetV2 is made for larger images than 8x8: ResNets of the same widths stand in for it
+# there, of more layers where it has the larger expansion ratio.
+SMALL_STUDENTS = {
+    f"mobilenetv2-t{expansion}-w{width}": f"resnet{depth}-x{width}"
+    for expansion, depth in ((4, 8), (6, 14), (8, 20), (10, 26))
+    for width in (0.35, 0.5, 0.75, 1.0)
+}
+
 PROFILES = {
     "smoke": Profile(
         name="smoke",
-        says="digits 8x8 and a twentieth of the epochs; proves the pipeline, no claim",
+        says="digits 8x8, small ResNets, a twentieth of the epochs; proves the pipeline, no claim",
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models={"resnet50": "resnet8"},
-        images=640,
+        models={"resnet50": "resnet14", **SMALL_STUDENTS},
+        images=1000,
         axis=2,
         evidence=False,
     ),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
+from operator import index
 
 from kdlib.data import canonical_name
 from kdlib.methods import CrossEntropy, Method
@@ -76,7 +77,8 @@ class Run:
 
     def __post_init__(self):
         object.__setattr__(self, "data", canonical_name(self.data))
-        object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
+        # index refuses 1.5, and takes the integers of numpy for those of Python
+        object.__setattr__(self, "keep", tuple(sorted({index(epoch) for epoch in self.keep})))
         builder(self.model)  # an unknown name is refused here, not after hours
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
@@ -94,10 +96,10 @@ class Run:
         return describe(self)
 
     @property
-    def parents(self) -> set[Anchor]:
+    def parents(self) -> list[Anchor]:
         """The checkpoints that label this run, and the one that it starts from."""
-        first = {(self.start, self.start.recipe.epochs)} if self.start else set()
-        return first | self.method.anchors(self.recipe.epochs)
+        first = [(self.start, self.start.recipe.epochs)] if self.start else []
+        return [*first, *self.method.anchors(self.recipe.epochs)]
 
     @property
     def epochs_before(self) -> int:

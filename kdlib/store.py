@@ -19,12 +19,15 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib import files
 from kdlib.errors import StoreError
 from kdlib.models import Staged, build_model, load_weights
 from kdlib.runs import ENGINE_VERSION, Run
+
+# In a checkpoint, before the names of what was trained along.
+PART = "part:"
 
 
 def folder(run: Run) -> Path:
@@ -87,47 +90,40 @@ def weights_path(run: Run, epoch: int) -> Path:
     return folder(run) / f"epoch-{epoch:04d}.safetensors"
 
 
-def parts_path(run: Run, epoch: int) -> Path:
-    return folder(run) / f"epoch-{epoch:04d}-parts.safetensors"
-
-
-def save_networks(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
-    """Save a student, and beside it what was trained along; return the student's fingerprint.
-
-    Args:
-        weights: their states, names beginning with ``student.`` or a part's name.
-    """
-    parts = {n: tensor for n, tensor in weights.items() if not n.startswith("student.")}
-    if parts:
-        about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(parts)}
-        save_tensors(parts_path(run, epoch), parts, about)
-    return save_weights(run, epoch, _without_prefix(weights, "student."))
-
-
-def save_weights(run: Run, epoch: int, weights: dict[str, Tensor]) -> str:
-    """Save a student's checkpoint and return its fingerprint."""
-    about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(weights)}
-    save_tensors(weights_path(run, epoch), weights, about)
+def save_weights(
+    run: Run, epoch: int, weights: dict[str, Tensor], parts: dict[str, Tensor] | None = None
+) -> str:
+    """Save a student's checkpoint, with what was trained along, and return its fingerprint."""
+    tensors = weights | {f"{PART}{name}": tensor for name, tensor in (parts or {}).items()}
+    about = {"run": run.id, "epoch": epoch, "fingerprint": fingerprint(tensors)}
+    save_tensors(weights_path(run, epoch), tensors, about)
     return about["fingerprint"]
 
 
+def save_networks(run: Run, epoch: int, networks: nn.ModuleDict) -> str:
+    """``save_weights`` of a trainee's networks."""
+    state = networks.state_dict()
+    parts = {name: t for name, t in state.items() if not name.startswith("student.")}
+    return save_weights(run, epoch, _within(state, "student."), parts)
+
+
 def load_networks(run: Run, epoch: int) -> dict[str, Tensor]:
-    """What ``save_networks`` was given."""
-    student = {f"student.{name}": t for name, t in _load_checked(weights_path(run, epoch)).items()}
-    parts = parts_path(run, epoch)
-    return student | (_load_checked(parts) if parts.exists() else {})
+    """The state of a trainee's networks: names begin with ``student.`` or the name of a part."""
+    tensors = _load_checked(weights_path(run, epoch))
+    student = {f"student.{n}": t for n, t in tensors.items() if not n.startswith(PART)}
+    return student | _within(tensors, PART)
 
 
 def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     """A run's model after ``epoch`` epochs, in eval mode and frozen, and its fingerprint."""
-    weights = _load_checked(weights_path(run, epoch))
-    return _frozen(run.model, weights), fingerprint(weights)
+    tensors = _load_checked(weights_path(run, epoch))
+    student = {name: t for name, t in tensors.items() if not name.startswith(PART)}
+    return _frozen(run.model, student), fingerprint(tensors)
 
 
 def load_part(run: Run, epoch: int, model: str, part: str = "peer") -> Staged:
     """A network that was trained along, such as a peer, in eval mode and frozen."""
-    weights = _load_checked(parts_path(run, epoch))
-    return _frozen(model, _without_prefix(weights, f"{part}."))
+    return _frozen(model, _within(load_networks(run, epoch), f"{part}."))
 
 
 def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
@@ -137,8 +133,8 @@ def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
     return network.eval().requires_grad_(False)
 
 
-def _without_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+def _within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _load_checked(path: Path) -> dict[str, Tensor]:
@@ -190,7 +186,8 @@ def holds_logits(trained: "Trained") -> bool:
     """Whether the logits of every epoch are there."""
     told = trained.closing.get("logits", {})
     epochs = range(1, trained.run.recipe.epochs + 1)
-    return all(str(e) in told and logits_path(trained.run, e).exists() for e in epochs)
+    paths = ((str(e), logits_path(trained.run, e)) for e in epochs)
+    return all(e in told and told[e] == _saved_fingerprint(path) for e, path in paths)
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -274,8 +271,12 @@ def copy_record(run: Run, destination: Path) -> None:
 
 def saved_fingerprint(run: Run, epoch: int) -> str | None:
     """What a checkpoint says its fingerprint is, without reading the weights; None without one."""
+    return _saved_fingerprint(weights_path(run, epoch))
+
+
+def _saved_fingerprint(path: Path) -> str | None:
     try:
-        with safe_open(weights_path(run, epoch), "pt") as file:
+        with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["about"])["fingerprint"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
@@ -312,12 +313,12 @@ def measure(
 ) -> pd.DataFrame:
     """``fn(trained, **options)``, a small table, computed once and kept beside the run's record.
 
-    The key is the function's source, its options and the run's weights: change one and it is
-    computed again. Options must be plain JSON. A measurement of several runs,
-    ``fn(first, second, …, **options)``, is kept beside the first.
+    The key is the function's source, its options, the run's weights and its teachers': change one
+    and it is computed again; what the function calls is not looked at. Options must be plain JSON.
+    A measurement of several runs, ``fn(first, second, …, **options)``, is kept beside the first.
     """
     several = [trained] if isinstance(trained, Trained) else list(trained)
-    weights = [t.closing["weights"] for t in several]
+    weights = [[t.closing["weights"], t.closing["teachers"]] for t in several]
     key = [inspect.getsource(fn), options, weights]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name, first = f"measure-{fn.__name__}-{digest}.json", several[0].run

@@ -5,9 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kdlib import Recipe, Run
+from kdlib import Recipe, Run, store, train
 from kdlib.data import datasets
+from kdlib.engine import LabelBank
+from kdlib.engine import lane as lane_module
+from kdlib.engine.lane import Lane
 from kdlib.engine.train import BANKS
+from kdlib.store import fingerprint
 
 # Networks as small as these gain nothing from a second thread and lose much where a core is busy.
 torch.set_num_threads(1)
@@ -59,3 +63,81 @@ def photos(tmp_path):
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Train in another store, as if nothing had happened before."""
+
+    def train_elsewhere(*runs, **options):
+        with monkeypatch.context() as patch:
+            patch.setenv("KDLIB_HOME", str(tmp_path / "elsewhere"))
+            BANKS.clear()
+            results = train(runs, **options)
+            BANKS.clear()
+        return results
+
+    return train_elsewhere
+
+
+@pytest.fixture
+def epochs_trained(monkeypatch):
+    """The list of (run id, epoch) that are trained from now on."""
+    trained, begin = [], Lane.begin_epoch
+
+    def note(lane):
+        trained.append((lane.run.id, lane.epoch + 1))
+        begin(lane)
+
+    monkeypatch.setattr(Lane, "begin_epoch", note)
+    return trained
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+    """Train, but be stopped: ``train_until(run, epoch, runs)``, when the run has so many epochs."""
+
+    def stop(run, epoch, runs=None):
+        end = Lane.end_epoch
+
+        def stopped(lane):
+            row = end(lane)
+            if lane.run == run and lane.epoch == epoch:
+                raise KeyboardInterrupt
+            return row
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lane_module, "SAVING_SHARE", 1e9)  # save every epoch, however short
+            patch.setattr(Lane, "end_epoch", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                train(runs or [run])
+        assert store.find_record(run) is None
+        BANKS.clear()
+
+    return stop
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """The list of (teacher's fingerprint, split, image, view) that a bank asks its teacher for."""
+    asked, sweep = [], LabelBank._sweep
+
+    def note(bank, index, view):
+        teacher = fingerprint(bank.teacher.state_dict()), bank.images.split
+        asked.extend((*teacher, *p) for p in zip(index.tolist(), view.tolist(), strict=True))
+        return sweep(bank, index, view)
+
+    monkeypatch.setattr(LabelBank, "_sweep", note)
+    return asked
+
+
+@pytest.fixture
+def only_records(tmp_path, monkeypatch):
+    """Keep of runs their records, as a fresh clone has them."""
+
+    def forget(*runs):
+        for run in runs:
+            store.copy_record(run, tmp_path / "results" / "course" / "records")
+        monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "fresh"))
+
+    return forget

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import final_weights, interrupted, move, same_log
 from torch.nn import functional as F
 
 from kdlib import KD, KdlibError, build_model, load_data, store, train
@@ -21,46 +22,6 @@ from kdlib.store import fingerprint
 
 # the name kdlib.engine.train is the function's
 train_module = import_module("kdlib.engine.train")
-
-
-def final_weights(trained):
-    return trained.closing["weights"][str(trained.run.recipe.epochs)]
-
-
-def same_log(first, second):
-    return first.log.drop(columns="seconds").equals(second.log.drop(columns="seconds"))
-
-
-def interrupted(lane):
-    raise KeyboardInterrupt
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """Train in another store, as if nothing had happened before."""
-
-    def train_elsewhere(*runs, **options):
-        with monkeypatch.context() as patch:
-            patch.setenv("KDLIB_HOME", str(tmp_path / "elsewhere"))
-            BANKS.clear()
-            results = train(runs, **options)
-            BANKS.clear()
-        return results
-
-    return train_elsewhere
-
-
-@pytest.fixture
-def epochs_trained(monkeypatch):
-    """The list of (run id, epoch) that are trained from now on."""
-    trained, begin = [], Lane.begin_epoch
-
-    def note(lane):
-        trained.append((lane.run.id, lane.epoch + 1))
-        begin(lane)
-
-    monkeypatch.setattr(Lane, "begin_epoch", note)
-    return trained
 
 
 # --- the arithmetic -------------------------------------------------------------------------------
@@ -225,15 +186,6 @@ def test_a_teacher_asked_for_another_checkpoint_is_retrained_and_its_students_st
     epochs_trained.clear()
     assert final_weights(train([old.run])[0]) == final_weights(old)
     assert epochs_trained == []
-
-
-def move(teacher, other):
-    """Give a trained run the weights of another, as training on another machine might."""
-    weights = train([other])[0].model().state_dict()
-    record = train([teacher])[0]
-    record.closing["weights"]["2"] = store.save_weights(teacher, 2, weights)
-    store.write_record(teacher, record.log.to_dict("records"), record.closing)
-    return record.closing["weights"]["2"]
 
 
 def test_a_student_of_other_weights_of_its_teacher_is_trained_again(tiny):

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from kdlib import KD, Recipe, Run, build_model, load_data, store, train
-from kdlib.engine import LabelBank
+from kdlib.engine import LabelBank, trainee
 from kdlib.engine import lane as lane_module
 from kdlib.engine.bank import Shelf
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import mix
 from kdlib.engine.train import BANKS
+from kdlib.greedy import GreedySearch, anchors, divergences
+from kdlib.methods import Hint, MutualLearning, RocketLaunching
+from kdlib.methods.route import OneStage, multi_stage
 from kdlib.store import fingerprint
 
 pytestmark = [
@@ -87,10 +90,17 @@ def copies(tensors):
 
 def momentum(lane):
     states = {
-        name: lane.optimizers["student"].state[p]
-        for name, p in lane.networks["student"].named_parameters()
+        name: lane.trainee.optimizers["student"].state[p]
+        for name, p in lane.trainee.networks["student"].named_parameters()
     }
     return {name: state["momentum_buffer"] for name, state in states.items()}
+
+
+def whole(lane):
+    """Student and parts: weights, statistics and momentum."""
+    names = {p: name for name, p in lane.trainee.networks.named_parameters()}
+    states = {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in lane.trainee.momentum()}
+    return dict(lane.trainee.networks.state_dict()) | states
 
 
 def assert_equal(first, second):
@@ -108,7 +118,7 @@ def training_log(lane):
 def test_capturing_moves_nothing(start, gpu):
     lane = start(RUN, capture=True)
     fresh = build_model(RUN.model, 10, 1, seed=mix("weights", RUN.seed)).to(gpu)
-    assert_equal(dict(lane.networks["student"].state_dict()), dict(fresh.state_dict()))
+    assert_equal(dict(lane.trainee.networks["student"].state_dict()), dict(fresh.state_dict()))
     assert not any(buffer.any() for buffer in momentum(lane).values())
     assert not any(total.any() for total in lane.meter.values())
     assert not lane.cursor.any()
@@ -122,20 +132,20 @@ def test_momentum_and_statistics_after_the_first_steps_are_those_of_an_eager_lan
     advance(eager, steps)
     assert_equal(momentum(captured), momentum(eager))
     assert_equal(
-        dict(captured.networks["student"].state_dict()),
-        dict(eager.networks["student"].state_dict()),
+        dict(captured.trainee.networks["student"].state_dict()),
+        dict(eager.trainee.networks["student"].state_dict()),
     )
     assert captured.cursor.item() == eager.cursor.item() == steps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_captured_lane_equals_an_eager_one_for_50_steps(start, monkeypatch, dtype):
-    monkeypatch.setattr(lane_module, "training_dtype", lambda device: dtype)
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: dtype)
     captured, eager = finish(start(RUN, capture=True)), finish(start(RUN, capture=False))
     assert training_log(captured) == training_log(eager)
     assert_equal(
-        dict(captured.networks["student"].state_dict()),
-        dict(eager.networks["student"].state_dict()),
+        dict(captured.trainee.networks["student"].state_dict()),
+        dict(eager.trainee.networks["student"].state_dict()),
     )
     assert_equal(momentum(captured), momentum(eager))
 
@@ -154,8 +164,8 @@ def test_a_captured_student_of_changing_teachers_equals_an_eager_one(start, gpu)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
     assert training_log(captured) == training_log(eager)
     assert_equal(
-        dict(captured.networks["student"].state_dict()),
-        dict(eager.networks["student"].state_dict()),
+        dict(captured.trainee.networks["student"].state_dict()),
+        dict(eager.trainee.networks["student"].state_dict()),
     )
 
 
@@ -166,13 +176,14 @@ def test_a_change_of_the_learning_rate_takes_effect(start, capture):
     lane = start(run, capture)
     advance(lane, lane.steps)
     lane.end_epoch()
-    parameters = copies(dict(lane.networks["student"].named_parameters()))
-    buffers = copies(dict(lane.networks["student"].named_buffers()))
+    parameters = copies(dict(lane.trainee.networks["student"].named_parameters()))
+    buffers = copies(dict(lane.trainee.networks["student"].named_buffers()))
     lane.begin_epoch()
     advance(lane, lane.steps)
-    assert_equal(dict(lane.networks["student"].named_parameters()), parameters)
+    assert_equal(dict(lane.trainee.networks["student"].named_parameters()), parameters)
     assert not any(
-        torch.equal(b, buffers[name]) for name, b in lane.networks["student"].named_buffers()
+        torch.equal(b, buffers[name])
+        for name, b in lane.trainee.networks["student"].named_buffers()
     )
 
 
@@ -181,11 +192,11 @@ def test_an_evaluation_between_replays_leaves_training_alone(start):
     for _ in range(3):
         advance(lane, 5)
         lane._evaluate()
-        lane.networks["student"].train()
+        lane.trainee.networks["student"].train()
     advance(undisturbed, 15)
     assert_equal(
-        dict(lane.networks["student"].state_dict()),
-        dict(undisturbed.networks["student"].state_dict()),
+        dict(lane.trainee.networks["student"].state_dict()),
+        dict(undisturbed.trainee.networks["student"].state_dict()),
     )
 
 
@@ -203,8 +214,8 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(start, gpu, monkeypatch):
     finish(resumed)
     assert training_log(resumed) == training_log(uninterrupted)
     assert_equal(
-        dict(resumed.networks["student"].state_dict()),
-        dict(uninterrupted.networks["student"].state_dict()),
+        dict(resumed.trainee.networks["student"].state_dict()),
+        dict(uninterrupted.trainee.networks["student"].state_dict()),
     )
 
 
@@ -293,11 +304,111 @@ def test_labels_do_not_depend_on_when_they_were_computed(teacher, gpu):
     assert torch.equal(second.targets(index, view), expected)
 
 
+# --- peers, live teachers and routes --------------------------------------------------------------
+
+PEERS_RECIPE = Recipe(2, 56, 0.02, milestones=(1,), decay=0.5, momentum=0.8)
+PAIRS = [
+    method("resnet14-x0.5", PEERS_RECIPE, **other)
+    for method, other in ((RocketLaunching, {"kd_weight": 0.7}), (MutualLearning, {}))
+]
+every_pair = pytest.mark.parametrize("method", PAIRS, ids=lambda m: type(m).__name__)
+
+
+@every_pair
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_captured_pair_equals_an_eager_one(start, monkeypatch, method, dtype):
+    """Two optimizers in one graph, each at a rate of its own that falls between the epochs."""
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: dtype)
+    run = replace(RUN, method=method)
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert training_log(captured) == training_log(eager)
+    assert any(name.startswith("momentum.peer.") for name in whole(captured))
+    assert_equal(whole(captured), whole(eager))
+
+
+@every_pair
+def test_capturing_a_pair_moves_nothing(start, method):
+    run = replace(RUN, method=method)
+    captured, eager = start(run, capture=True), start(run, capture=False)
+    assert_equal(
+        dict(captured.trainee.networks.state_dict()), dict(eager.trainee.networks.state_dict())
+    )
+    assert not any(s["momentum_buffer"].any() for _, s in captured.trainee.momentum())
+
+
+def test_a_captured_student_whose_live_teacher_changes_equals_an_eager_one(start, gpu):
+    """With an adapter, from 32 channels to 64."""
+    teacher = replace(RUN, model="resnet8", keep=(1,))
+    (trained,) = train([teacher], device=gpu)
+    run = replace(RUN, method=OneStage(Hint(teacher), gap=1), seed=1)
+    captured, eager = start(run, capture=True), start(run, capture=False)
+    for epoch in (1, 2):
+        for lane in (captured, eager):
+            taught = fingerprint(lane.teachers.live.state_dict())
+            assert taught == trained.closing["weights"][str(epoch)]
+            advance(lane, lane.steps)
+            lane.end_epoch()
+            assert fingerprint(lane.teachers.live.state_dict()) == taught
+            if not lane.finished:
+                lane.begin_epoch()
+    assert training_log(captured) == training_log(eager)
+    assert "adapter.weight" in whole(captured)
+    assert_equal(whole(captured), whole(eager))
+
+
+def test_the_last_anchor_of_a_captured_hint_is_not_the_first(start, gpu):
+    """A graph that kept the first teacher's weights would make them equal."""
+    train([replace(RUN, model="resnet8", keep=(1,))], device=gpu)
+    teacher = replace(RUN, model="resnet8")
+    lanes = [
+        finish(start(replace(RUN, method=method, seed=1), capture=True))
+        for method in (OneStage(Hint(teacher), gap=1), Hint(teacher, at=1))
+    ]
+    first, last = ([lane.log[k]["train_hint"] for lane in lanes] for k in (0, 1))
+    assert first[0] == first[1]
+    assert last[0] != last[1]
+
+
+@pytest.mark.parametrize("method", [PAIRS[0], Hint(replace(RUN, model="resnet8"))])
+def test_a_resumed_lane_with_parts_equals_an_uninterrupted_one(start, gpu, monkeypatch, method):
+    monkeypatch.setattr(lane_module, "SAVING_SHARE", 1e9)
+    if isinstance(method, Hint):
+        train([method.teacher], device=gpu)
+    run = replace(RUN, method=method, seed=1)
+    uninterrupted, first = finish(start(run, capture=True)), start(run, capture=True)
+    advance(first, first.steps)
+    first.end_epoch()
+    images = load_data(run.data, "train", gpu)
+    resumed = Lane(run, images, load_data(run.data, "test", gpu), Shelf())
+    assert resumed.epoch == 1
+    resumed.begin_epoch()
+    finish(resumed)
+    assert training_log(resumed) == training_log(uninterrupted)
+    assert_equal(whole(resumed), whole(uninterrupted))
+
+
+def test_stages_and_searches_train_side_by_side(gpu):
+    """Every epoch is too hard for a threshold this low: the anchors are 1, 2, 3."""
+    recipe = replace(RUN.recipe, epochs=3)
+    teacher = replace(RUN, model="resnet14-x0.5", recipe=recipe, keep=(1, 2), route=True)
+    student = replace(RUN, method=KD(teacher), seed=1)
+    searches = [GreedySearch(student, first=1, delta=delta) for delta in (-10.0, 1e9)]
+    staged, all_of_them, two = train([multi_stage(student, (1, 3))[-1], *searches], device=gpu)
+    assert anchors(all_of_them) == [1, 2, 3]
+    assert anchors(two) == [1, 3]
+    assert staged.closing["weights"] == two.closing["weights"]
+    kept = store.find_record(teacher).closing["weights"]
+    assert two.closing["teachers"][f"{teacher.id}@3"] == kept["3"]
+    seen = divergences(all_of_them)
+    assert seen.anchor.tolist() == [1, 1, 1, 2, 2, 2]
+    assert (seen.kl > 0).all()
+
+
 # Last: an index out of bounds would leave the device unusable for what comes after.
 def test_an_epoch_may_have_fewer_steps_than_the_warm_up(start):
     run = replace(RUN, recipe=replace(RUN.recipe, batch=64), images=64)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
     assert_equal(
-        dict(captured.networks["student"].state_dict()),
-        dict(eager.networks["student"].state_dict()),
+        dict(captured.trainee.networks["student"].state_dict()),
+        dict(eager.trainee.networks["student"].state_dict()),
     )

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from kdlib import KD
 from kdlib.errors import UnknownName
-from kdlib.profiles import PROFILES, Profile, open_profile
+from kdlib.profiles import PROFILES, RCO_ROUTE, Profile, open_profile
 
 SMALL = Profile(
     name="small",
@@ -115,3 +117,102 @@ def test_settings_stand_beside_the_papers():
     paper = open_profile("paper").settings(data="mnist", epochs=164)
     assert paper.loc["training images"].tolist() == ["all", "all"]
     assert paper.loc["epochs"].tolist() == ["164", "164"]
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_thinning(monkeypatch):
+    monkeypatch.delenv("KDLIB_KEEP_ROUTE", raising=False)
+
+
+def teachers(profile):
+    """The recipe of RCO's teacher, as run."""
+    return profile.recipe(240, batch=64, lr=0.05)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_route_is_every_epoch_where_it_is_not_thinned(name):
+    profile = open_profile(name)
+    recipe = teachers(profile)
+    assert profile.route(recipe) == tuple(range(1, recipe.epochs + 1))
+
+
+def test_a_thinned_route_holds_every_so_many_epochs_and_the_papers_anchors():
+    paper = replace(PROFILES["paper"], keep_route=7)
+    route = paper.route(teachers(paper))
+    assert route == tuple(e for e in range(1, 241) if e % 7 == 0 or e % 10 == 0)
+    assert tuple(range(10, 241, 10)) == RCO_ROUTE
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("thinned", [3, 240, 1000])
+def test_however_thin_a_route_holds_all_fixed_anchors_of_the_paper(name, thinned):
+    profile = replace(PROFILES[name], keep_route=thinned)
+    recipe = teachers(profile)
+    route = profile.route(recipe)
+    anchors = {30, 100, 180, 80, 160, *range(10, 241, 10), *range(20, 241, 20), 60, 120, 240}
+    assert {profile.epochs(anchor) for anchor in anchors} <= set(route)
+    assert list(route) == sorted(set(route))
+    assert route[-1] == recipe.epochs
+
+
+def test_a_route_ends_with_its_teacher():
+    profile = replace(SMALL, keep_route=2)
+    assert profile.route(profile.recipe(100, batch=64, lr=0.05)) == (1, 2, 3, 4, 5)
+    assert replace(SMALL, keep_route=9).route(profile.recipe(20, batch=64, lr=0.05)) == (1,)
+
+
+def test_a_run_keeps_its_route_where_it_is_asked_to():
+    recipe = SMALL.recipe(80, batch=64, lr=0.05)
+    plain = SMALL.run("cifar100", "resnet50", recipe, keep=(40,))
+    routed = SMALL.run("cifar100", "resnet50", recipe, keep=(40,), route=True)
+    assert (plain.keep, plain.route) == ((2,), False)
+    assert (routed.keep, routed.route) == ((1, 2, 3, 4), True)
+    assert routed.id == plain.id
+
+
+def test_the_route_is_thinned_from_outside(monkeypatch):
+    monkeypatch.setenv("KDLIB_KEEP_ROUTE", "8")
+    paper = open_profile("paper")
+    assert paper.keep_route == 8
+    run = paper.run("cifar100", "resnet50", teachers(paper), route=True)
+    assert run.keep == tuple(e for e in range(1, 241) if e % 8 == 0 or e % 10 == 0)
+    assert not paper.faithful
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_a_route_that_is_not_thinned_stays_faithful(monkeypatch, value):
+    monkeypatch.setenv("KDLIB_KEEP_ROUTE", value)
+    assert open_profile("paper").keep_route == 1
+    assert open_profile("paper").faithful
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "1.5", "ten", " ", "4 epochs", "²"])
+def test_a_thinning_that_is_no_number_of_epochs_is_refused(monkeypatch, value):
+    monkeypatch.setenv("KDLIB_KEEP_ROUTE", value)
+    with pytest.raises(ValueError, match=f"KDLIB_KEEP_ROUTE is {value!r}.*1 or more"):
+        open_profile("paper")
+
+
+# --- grids of networks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("axis", "run"), [(None, (4, 6, 8, 10)), (2, (4, 6)), (9, (4, 6, 8, 10))])
+def test_a_grid_is_thinned_along_each_axis(axis, run):
+    profile = replace(SMALL, axis=axis)
+    assert profile.along((4, 6, 8, 10)) == run
+    assert profile.along(iter([4, 6, 8, 10])) == run
+
+
+def test_a_thinned_grid_takes_one_seed():
+    assert replace(SMALL, axis=2).grid_seeds == (0,)
+    assert replace(SMALL, axis=2, seeds=(7, 8)).grid_seeds == (7,)
+    assert replace(SMALL, axis=None, seeds=(7, 8)).grid_seeds == (7, 8)
+
+
+def test_a_thinned_grid_is_not_faithful():
+    assert not replace(PROFILES["paper"], axis=2).faithful
+    assert not replace(PROFILES["paper"], keep_route=2).faithful
+    assert PROFILES["paper"].grid_seeds == PROFILES["paper"].seeds

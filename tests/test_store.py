@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers import flip_a_bit, garble, truncate
 
 from kdlib import KD, CrossEntropy, Recipe, Run, files, measure, store, train
 from kdlib.errors import StoreError, UnknownName
@@ -260,20 +261,6 @@ def test_a_record_of_another_run_is_not_believed(tiny):
         assert store.find_record(other) is None
 
 
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-
-
-def garble(path):
-    path.write_bytes(b"no tensors at all")
-
-
 damages = pytest.mark.parametrize("damage", [truncate, flip_a_bit, garble])
 
 
@@ -330,18 +317,6 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny):
 
 
 # --- records without a store ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def only_records(tmp_path, monkeypatch):
-    """Keep of runs their records, as a fresh clone has them."""
-
-    def forget(*runs):
-        for run in runs:
-            store.copy_record(run, tmp_path / "results" / "course" / "records")
-        monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "fresh"))
-
-    return forget
 
 
 def test_committed_records_are_found_without_a_store(tiny, only_records, monkeypatch):

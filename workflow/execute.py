@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,9 +15,6 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
-
-# Unix sockets: no ports to race for when several kernels start at once.
-TRANSPORT = Config({"KernelManager": {"transport": "ipc"}})
 
 
 def execute(notebook: Path, output: Path, parameters: dict) -> float:
@@ -35,16 +33,20 @@ def execute(notebook: Path, output: Path, parameters: dict) -> float:
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
-    papermill.execute_notebook(
-        str(notebook),
-        str(failed),
-        parameters=parameters,
-        kernel_name="python3",
-        cwd=str(notebook.parent),
-        progress_bar=False,
-        start_timeout=180,
-        config=TRANSPORT,
-    )
+    with tempfile.TemporaryDirectory() as sockets:
+        # Unix sockets: no ports to race for when several kernels start at once. They get a folder
+        # of their own, since the default is one name for all kernels of a working directory.
+        transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+        papermill.execute_notebook(
+            str(notebook),
+            str(failed),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(notebook.parent),
+            progress_bar=False,
+            start_timeout=180,
+            config=Config({"KernelManager": transport}),
+        )
     about = nbformat.read(failed, as_version=4).metadata.papermill
     if about.get("end_time") is None or about.get("exception"):
         raise RuntimeError(f"{notebook.name} did not run to its end.")

@@ -3,9 +3,12 @@
 python workflow/forecast.py [PROFILE ...]      all profiles without arguments
 """
 
+import contextlib
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,11 +16,12 @@ import book
 
 import kdlib
 from kdlib.engine.budget import ancestry, label_sweeps
+from kdlib.errors import DataError
 from kdlib.greedy import GreedySearch
 from kdlib.profiles import PROFILES
 from kdlib.runs import Run
 
-# What one epoch of a route adds beside weights: half-precision logits of 10,000 images, 100 classes.
+# What one epoch of a route adds to weights: half-precision logits of 10,000 images, 100 classes.
 ROUTE_LOGITS = 2_000_000
 
 
@@ -28,19 +32,24 @@ class Declared(Exception):
 def declared(notebook: book.Notebook, **parameters) -> list[Run]:
     """The runs of a notebook's call of ``train``, a search counted as four stages.
 
-    Its cells are executed up to there; a notebook that trains nothing has none.
+    Its cells are executed up to there; one that calls it nowhere is left alone.
     """
 
     def stop(runs, **options):
-        raise Declared(list(runs))
+        rows = runs.values() if isinstance(runs, Mapping) else [runs]
+        raise Declared([run for row in rows for run in row])
 
-    cells = json.loads(notebook.path.read_text())["cells"]
+    code = [c for c in json.loads(notebook.path.read_text())["cells"] if c["cell_type"] == "code"]
+    if not any(re.search(r"\btrain\(", "".join(cell["source"])) for cell in code):
+        return []
     namespace, train, kdlib.train = {}, kdlib.train, stop
     try:
-        for cell in cells:
+        for cell in code:
             tags = cell["metadata"].get("tags", [])
-            if cell["cell_type"] == "code" and "install" not in tags:
-                exec("".join(cell["source"]), namespace)
+            if "install" not in tags:
+                # prints go nowhere, nor do pictures of data that is not there yet
+                with contextlib.redirect_stdout(None), contextlib.suppress(DataError):
+                    exec("".join(cell["source"]), namespace)
                 namespace |= parameters if "parameters" in tags else {}
     except Declared as asked:
         runs: list[Run] = []
@@ -49,7 +58,7 @@ def declared(notebook: book.Notebook, **parameters) -> list[Run]:
         return runs
     finally:
         kdlib.train = train
-    return []
+    raise ValueError(f"{notebook.path} speaks of train and did not call it.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def forecast(runs: Iterable[Run]) -> Forecast:
     teachers = [run for run in everything if run.id in labelling]
     students = [run for run in everything if run.id not in labelling]
     sweeps = label_sweeps(students).values()
-    kept = _kept(runs)
+    kept, routes = _kept(runs)
     return Forecast(
         students=len(students),
         teachers=len(teachers),
@@ -88,25 +97,25 @@ def forecast(runs: Iterable[Run]) -> Forecast:
         banked=sum(s.banked for s in sweeps),
         disk=sum(
             len(kept[run.id] | {run.recipe.epochs}) * _bytes(run.model)
-            + run.route * run.recipe.epochs * ROUTE_LOGITS
+            + (run.id in routes) * run.recipe.epochs * ROUTE_LOGITS
             for run in everything
         ),
     )
 
 
-def _kept(runs: Iterable[Run]) -> dict[str, set[int]]:
-    """Kept epochs by run: its own and those that others learn or start from."""
-    kept: dict[str, set[int]] = {}
-    pending = list(runs)
-    seen = set()
+def _kept(runs: Iterable[Run]) -> tuple[dict[str, set[int]], set[str]]:
+    """Kept epochs by run, its own and those that others learn or start from; runs with a route."""
+    kept: dict[str, set[int]] = defaultdict(set)
+    routes, visited, pending = set(), set(), list(runs)
     while pending:
         run = pending.pop()
-        kept.setdefault(run.id, set()).update(run.keep)
-        for parent, epoch in run.parents if run.id not in seen else ():
-            kept.setdefault(parent.id, set()).add(epoch)
+        kept[run.id].update(run.keep)
+        routes |= {run.id} if run.route else set()
+        for parent, epoch in () if run.id in visited else run.parents:
+            kept[parent.id].add(epoch)
             pending.append(parent)
-        seen.add(run.id)
-    return kept
+        visited.add(run.id)
+    return kept, routes
 
 
 @cache

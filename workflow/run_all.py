@@ -53,10 +53,19 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, help="notebooks at a time (default: by cores or GPUs)")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
+    parser.add_argument(
+        "--keep-route", type=int, metavar="N",
+        help="keep only every N-th epoch of a teacher whose route is learned from, besides every "
+        "tenth of the paper's (default 1: all)",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run, what it costs, and stop"
+    )
     arguments = parser.parse_args()
     arguments.data = dict(_pair(parser, text) for text in arguments.data)
+    if arguments.keep_route is not None:  # for the notebooks, wherever they run
+        os.environ["KDLIB_KEEP_ROUTE"] = str(arguments.keep_route)
     try:
         arguments.book = _checked(arguments)
     except (KdlibError, ValueError) as error:
@@ -144,7 +153,7 @@ def run(command: list[str], log: Path) -> int:
             raise
 
 
-def dry_run(command: list[str]) -> int:
+def dry_run(command: list[str], data: dict[str, str]) -> int:
     plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
     if plan.returncode:
         print(plan.stdout + plan.stderr, file=sys.stderr)
@@ -154,6 +163,16 @@ def dry_run(command: list[str]) -> int:
     print(
         "\n".join(f"would run {n.exhibit}: {n.title}" for n in named) or "There is nothing to do."
     )
+    import forecast  # it imports what trains: seconds that no other call needs
+
+    print(f"""
+What each profile trains if nothing is there yet: each run once, a search as four stages. An epoch
+is a pass over the training images. Sweeps are a teacher's passes to label them: live, with the
+teacher beside every student, and with the label bank.
+
+{forecast.table(PROFILES, data)}
+
+Most of the disk holds routes, teachers' checkpoints of every epoch; --keep-route thins them.""")
     return 0
 
 
@@ -165,7 +184,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command, started = snakemake(arguments), time.monotonic()
     if arguments.dry_run:
-        return dry_run(command)
+        return dry_run(command, arguments.data)
     results, log = files.results() / arguments.book.folder, files.home() / "logs" / "snakemake.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     stand_ins = "".join(f", with {pair}" for pair in arguments.book.stand_ins)

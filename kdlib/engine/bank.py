@@ -36,8 +36,9 @@ class LabelBank:
 
     @property
     def bytes(self) -> int:
-        """What the table takes when it is full."""
-        return math.prod(self.shape) * self.dtype.itemsize if self.remembers else 0
+        """What the table takes when it is full, and the teacher."""
+        table = math.prod(self.shape) * self.dtype.itemsize if self.remembers else 0
+        return table + sum(p.numel() * p.itemsize for p in self.teacher.parameters())
 
     def targets(self, index: Tensor, view: Tensor) -> Tensor:
         """Logits ``[b, classes]`` for int64 ``[b]`` images and views, missing ones swept first."""
@@ -71,12 +72,13 @@ class Shelf:
     """The banks of a process, by teacher checkpoint and images, within half of the memory.
 
     A bank that would not fit asks its teacher every time instead: slower, the same numbers. So does
-    one that is ``passing``, hardly any of whose labels are asked for twice; of those only the last
-    few are at hand. Banks that no lane in training wants make room first.
+    one of a ``passing`` teacher, hardly any of whose labels for training are asked for twice; of
+    these teachers only the last few are at hand. Banks that no lane in training wants make room
+    first.
     """
 
-    # Teachers of one epoch at hand: as many as lanes that run side by side.
-    AT_HAND = 8
+    # Banks of passing teachers at hand: two for each lane that runs side by side.
+    AT_HAND = 16
 
     def __init__(self):
         self.banks: dict[tuple, LabelBank] = {}
@@ -87,15 +89,26 @@ class Shelf:
         """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
             bank = make()
-            bank.remembers = key[0] not in self.passing
+            bank.remembers = bank.images.views == 1 or key[0] not in self.passing
             if not self._fits(bank):
                 self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
-                bank.remembers = self._fits(bank)
-            forgetful = [k for k, b in self.banks.items() if not b.remembers]
-            for surplus in forgetful[: 1 - self.AT_HAND]:
+                bank.remembers = bank.remembers and self._fits(bank)
+            for surplus in [k for k in self.banks if k[0] in self.passing][: 1 - self.AT_HAND]:
                 del self.banks[surplus]
             self.banks[key] = bank
         return self.banks[key]
+
+    def expect(self, passing: set[str]) -> None:
+        """Tell which teachers are passing from now on; those that were may remember anew."""
+        self.banks = {k: b for k, b in self.banks.items() if k[0] not in self.passing}
+        self.passing = passing
+
+    def teacher(self, fingerprint: str, device: torch.device) -> nn.Module | None:
+        """The teacher of a bank that is there, so that training and test images share it."""
+        for key, bank in self.banks.items():
+            if key[0] == fingerprint and bank.images.device == device:
+                return bank.teacher
+        return None
 
     def clear(self) -> None:
         self.banks.clear()

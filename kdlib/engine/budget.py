@@ -1,6 +1,6 @@
 """What training costs, counted before it starts."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,20 +28,22 @@ def label_sweeps(runs: Iterable[Run]) -> dict[Anchor, Sweeps]:
     After k epochs of different plans a fraction 1 - (1 - 1/V)^k of an image's V views has been
     seen; epochs of one plan, that is of one seed and number, see the same ones.
     """
-    asked: dict[Anchor, list[tuple]] = defaultdict(list)
+    live: dict[Anchor, int] = Counter()
+    banked: dict[Anchor, float] = Counter()
+    plans: dict[tuple, set] = defaultdict(set)
     for run in runs:
         for epoch in range(run.recipe.epochs):
-            if (anchor := run.method.labeller(epoch)) is not None:
-                plan = (run.data, run.images, run.seed, run.epochs_before + epoch, run.recipe.batch)
-                asked[anchor].append((plan, run.method.live))
-    sweeps = {}
-    for anchor, epochs in asked.items():
-        live = sum(is_live for _, is_live in epochs)  # features are never banked
-        plans = {plan for plan, is_live in epochs if not is_live}
-        views = count_views(anchor[0].data)
-        seen = views * (1 - (1 - 1 / views) ** len(plans))
-        sweeps[anchor] = Sweeps(len(epochs), live + seen)
-    return sweeps
+            if (anchor := run.method.labeller(epoch)) is None:
+                continue
+            live[anchor] += 1
+            if run.method.live:
+                banked[anchor] += 1  # features are never banked
+            else:
+                plans[anchor, run.data, run.images].add((run.seed, run.epochs_before + epoch))
+    for (anchor, data, _), different in plans.items():
+        views = count_views(data)
+        banked[anchor] += views * (1 - (1 - 1 / views) ** len(different))
+    return {anchor: Sweeps(live[anchor], banked[anchor]) for anchor in live}
 
 
 def ancestry(runs: Iterable[Run]) -> list[Run]:

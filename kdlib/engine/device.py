@@ -6,6 +6,7 @@ import platform
 import resource
 
 import torch
+from torch import Tensor, nn
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -43,6 +44,42 @@ def half_precision(device: torch.device, dtype: torch.dtype):
     if device.type != "cuda" or dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast("cuda", dtype)
+
+
+class InFloat32:
+    """A network that computes in half precision on a GPU and answers in float32.
+
+    Half precision is for networks, never for losses. It is entered at each call, inside the step,
+    so that the cache of cast weights belongs to the graph.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype):
+        self.network, self.device, self.dtype = network, device, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._float32(self.network, x)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """As ``Staged.stages``."""
+        with half_precision(self.device, self.dtype):
+            features = self.network.stages(x)
+        return [feature.float() for feature in features]
+
+    def until(self, stage: int, x: Tensor) -> Tensor:
+        """As ``Staged.until``."""
+        return self._float32(self.network.until, stage, x)
+
+    def resume(self, stage: int, feature: Tensor) -> Tensor:
+        """As ``Staged.resume``."""
+        return self._float32(self.network.resume, stage, feature)
+
+    def head(self, feature: Tensor) -> Tensor:
+        """Logits from the last stage's feature."""
+        return self._float32(self.network.head, feature)
+
+    def _float32(self, function, *arguments) -> Tensor:
+        with half_precision(self.device, self.dtype):
+            return function(*arguments).float()
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

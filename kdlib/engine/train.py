@@ -3,10 +3,11 @@
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from filelock import Timeout
@@ -43,14 +44,15 @@ class Search(Protocol):
 
 
 def train(
-    runs: Iterable[Run | Search],
+    runs: Iterable[Run | Search] | Mapping[Any, Iterable[Run | Search]],
     device: str | torch.device | None = None,
     lanes: int | None = None,
     weights: bool = False,
-) -> list[Trained]:
+) -> list[Trained] | dict[Any, list[Trained]]:
     """Train what the store and the committed records do not have yet; return one result per run.
 
-    A search of runs is trained run by run, beside the others; its result is that of its last run.
+    A mapping of rows to runs gives a mapping of rows to results; all are trained in one go. A
+    search of runs is trained run by run beside the others; its result is that of its last run.
 
     Teachers named by the runs are trained first, and only where a student needs them. Several
     processes may share a store: each run is trained by one of them while the others wait.
@@ -65,6 +67,10 @@ def train(
         NotFinite: a loss left the finite numbers.
         StoreError, DataError: what cannot be read or written, and what to do.
     """
+    if isinstance(runs, Mapping):
+        rows = {row: list(members) for row, members in runs.items()}
+        results = iter(train(chain(*rows.values()), device, lanes, weights))
+        return {row: [next(results) for _ in members] for row, members in rows.items()}
     runs, device = list(runs), pick_device(device)
     searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
     runs = [run.following(None) if k in searches else run for k, run in enumerate(runs)]
@@ -104,6 +110,8 @@ def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) ->
         return
     _ensure(_teachers(missing), device, lanes, weights=True)
     missing = _incomplete(runs, weights)  # a teacher trained anew outdates all its students
+    sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
+    BANKS.expect({teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live})
     progress = Progress(sum(run.recipe.epochs for run in missing))
     failures: dict[str, NotFinite] = {}
     try:
@@ -122,9 +130,17 @@ def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) ->
 
 
 def _teachers(runs: list[Run]) -> list[Run]:
-    """The runs whose checkpoints label these, asked to keep them."""
-    anchors = {anchor for run in runs for anchor in run.parents}
-    return _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
+    """The runs that these learn or start from, asked to keep what is needed of them.
+
+    Of those that are to be trained theirs, too: what one teacher has to keep for a whole chain of
+    runs is so known before it is trained.
+    """
+    anchors = [anchor for run in runs for anchor in run.parents]
+    parents = _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
+    ids = {parent.id for parent in parents}
+    parents = _merge([*parents, *(run for run in runs if run.id in ids)])
+    missing = _incomplete(parents, weights=True)
+    return _merge([*parents, *_teachers(missing)]) if missing else parents
 
 
 def _incomplete(runs: list[Run], weights: bool) -> list[Run]:
@@ -152,8 +168,9 @@ def _complete(run: Run, weights: bool) -> bool:
         if (record := store.find_record(teacher)) is None:
             continue
         now, before = record.closing["weights"], trained.closing["teachers"]
-        moved = any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs)
-        if moved or not _complete(teacher, weights=False):
+        if not _complete(teacher, weights=False):
+            return False
+        if any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs):
             warnings.warn(
                 f"{run} learned from other weights of its teacher {teacher}; it is trained again.",
                 stacklevel=2,
@@ -212,9 +229,7 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dic
     failures: dict[str, NotFinite] = {}
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
-    sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(runs).items()}
-    BANKS.wanted = set(sweeps)
-    BANKS.passing = {teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live}
+    BANKS.wanted = {store.saved_fingerprint(*anchor) for anchor in label_sweeps(runs)}
     active = [Lane(run, images, test, BANKS) for run in runs]
     progress.skip(sum(lane.epoch for lane in active))
     try:

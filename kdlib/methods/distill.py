@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kdlib import losses
 
 if TYPE_CHECKING:
-    from kdlib.engine.lane import InFloat32
+    from kdlib.engine.device import InFloat32
     from kdlib.models import Staged
     from kdlib.runs import Recipe, Run
 
@@ -103,8 +104,9 @@ class FromTeacher(Method):
     at: int | None = None
 
     def __post_init__(self):  # one training, one id: the last epoch is None
-        if self.at == self.teacher.recipe.epochs:
-            object.__setattr__(self, "at", None)
+        last = self.teacher.recipe.epochs
+        at = None if self.at is None or index(self.at) == last else index(self.at)
+        object.__setattr__(self, "at", at)
 
     @property
     def anchor(self) -> int:

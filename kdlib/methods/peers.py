@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from kdlib import losses
 from kdlib.methods.distill import Method
 from kdlib.models import build_model
+from kdlib.models.names import builder
 
 if TYPE_CHECKING:
     from kdlib.runs import Recipe
@@ -26,6 +27,9 @@ class WithPeer(Method):
 
     peer: str
     recipe: Recipe
+
+    def __post_init__(self):
+        builder(self.peer)  # an unknown name is refused here, not after hours
 
     def parts(self, student, teacher, x):
         classes = student(x).shape[1]

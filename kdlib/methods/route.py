@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import index
 from typing import TYPE_CHECKING
 
 from kdlib.methods.distill import FromTeacher, Method
@@ -34,6 +35,9 @@ class OneStage(Method):
                 f"A gap of {self.gap} epochs: at least one is needed. Below that, teacher and "
                 f"student step together, which is RocketLaunching."
             )
+        object.__setattr__(self, "gap", index(self.gap))
+        # which checkpoint the method itself names makes no difference, and so no other id
+        object.__setattr__(self, "method", replace(self.method, at=None))
 
     @property
     def live(self):
@@ -56,7 +60,8 @@ def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
     Optimizer and schedule begin anew with every anchor.
 
     Args:
-        student: what to train at each stage; its method learns from a teacher.
+        student: what to train at each stage; its method learns from a teacher. Where it has a
+            start, the first stage begins there.
         anchors: the teacher's epochs, first to last.
     """
     stages: list[Run] = []
@@ -67,7 +72,8 @@ def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
 
 def following(student: Run, before: Run | None, anchor: int) -> Run:
     """The stage of ``anchor``, after the stage ``before``."""
-    return replace(student, method=replace(student.method, at=anchor), start=before)
+    method = replace(student.method, at=anchor)
+    return replace(student, method=method, start=before or student.start)
 
 
 def hardness(divergence: Mapping[int, float], anchor: int) -> dict[int, float]:

@@ -1,0 +1,138 @@
+"""Trainee: a student and what its method trains along, with their optimizers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kdlib import store
+from kdlib.data import Images
+from kdlib.engine.device import InFloat32, training_dtype
+from kdlib.engine.plan import mix
+from kdlib.models import Staged, build_model, load_weights
+from kdlib.runs import Recipe, Run
+
+
+class Trainee:
+    """Everything that training moves, at fixed addresses.
+
+    Networks without a recipe of their own follow the student's. No parameter is shared, so that one
+    backward pass serves all optimizers.
+
+    Args:
+        run: whose student, and whose method's parts.
+        images: those it learns from.
+        teacher: the first labeller, for a method that is ``live``.
+    """
+
+    def __init__(self, run: Run, images: Images, teacher: Staged | None):
+        self.device, self.dtype = images.device, training_dtype(images.device)
+        self.networks = _build(run, images, teacher)
+        called = {
+            name: InFloat32(net, self.device, self.dtype) for name, net in self.networks.items()
+        }
+        self.student, self.parts = called.pop("student"), called
+        self.recipes = {"student": run.recipe, **run.method.recipes()}
+        # A tensor rate can change between replays; only the fused SGD takes one without a sync.
+        self.rates = {
+            name: torch.tensor(r.lr, device=self.device) for name, r in self.recipes.items()
+        }
+        self.optimizers = {name: self._optimizer(name, r) for name, r in self.recipes.items()}
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
+
+    def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
+        if name == "student":
+            followers = [
+                net for n, net in self.networks.items() if n == name or n not in self.recipes
+            ]
+        else:
+            followers = [self.networks[name]]
+        return torch.optim.SGD(
+            [parameter for network in followers for parameter in network.parameters()],
+            lr=self.rates[name],
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+
+    def set_rates(self, epoch: int) -> None:
+        for name, recipe in self.recipes.items():
+            self.rates[name].fill_(recipe.lr_at(epoch))
+
+    def update(self, loss: Tensor) -> None:
+        """Backward pass and one step of every optimizer."""
+        self.forget_gradients()
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def forget_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def whole_networks(self) -> dict[str, InFloat32]:
+        """The student, and parts that are classifiers themselves."""
+        called = {"student": self.student, **self.parts}
+        return {
+            name: called[name] for name, net in self.networks.items() if isinstance(net, Staged)
+        }
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def momentum(self) -> list[tuple[nn.Parameter, dict]]:
+        """Every parameter that was stepped, with its optimizer's state."""
+        return [pair for optimizer in self.optimizers.values() for pair in optimizer.state.items()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, statistics and momentum by name."""
+        tensors = {f"networks.{name}": t for name, t in self.networks.state_dict().items()}
+        names = {parameter: name for name, parameter in self.networks.named_parameters()}
+        for parameter, state in self.momentum():
+            if state:  # nothing without momentum
+                tensors[f"momentum.{names[parameter]}"] = state["momentum_buffer"]
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what ``tensors`` gave. Raises ValueError where it does not fit."""
+        weights, momentum = (
+            {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
+            for p in ("networks.", "momentum.")
+        )
+        load_weights(self.networks, weights)
+        parameters = dict(self.networks.named_parameters())
+        for optimizer in self.optimizers.values():
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, buffer in momentum.items():
+                if id(parameter := parameters[name]) in owned:
+                    state = torch.empty_like(parameter).copy_(buffer)
+                    optimizer.state[parameter]["momentum_buffer"] = state
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Whatever is trained inside, afterwards all is as it was, at the same addresses."""
+        before = {name: t.clone() for name, t in self.networks.state_dict().items()}
+        scaling = self.scaler.state_dict()
+        momentum = {p: state["momentum_buffer"].clone() for p, state in self.momentum()}
+        yield
+        load_weights(self.networks, before)
+        for p, state in self.momentum():
+            # For a new run zero: a zero buffer updates as the rule of the first step does.
+            state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
+        if scaling:
+            self.scaler.load_state_dict(scaling)
+
+
+def _build(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
+    """The student, as its run starts, and what its method trains along."""
+    weights = mix("weights", run.seed)
+    student = build_model(run.model, images.classes, images.channels, weights)
+    x = images.batch(torch.arange(2, device=images.device)).cpu()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(mix("parts", run.seed))
+        parts = run.method.parts(student.eval(), teacher, x)
+    networks = nn.ModuleDict({"student": student, **parts})
+    if run.start:
+        load_weights(networks, store.load_networks(run.start, run.start.recipe.epochs))
+    return networks.to(images.device, memory_format=torch.channels_last)

@@ -1,0 +1,82 @@
+"""Small functions that several test files use."""
+
+import os
+
+import torch
+
+from kdlib import load_data, store, train
+from kdlib.engine.bank import Shelf
+from kdlib.engine.lane import Lane
+from kdlib.engine.plan import plan
+from kdlib.store import fingerprint
+
+
+def final_weights(trained):
+    return trained.closing["weights"][str(trained.run.recipe.epochs)]
+
+
+def same_log(first, second):
+    return first.log.drop(columns="seconds").equals(second.log.drop(columns="seconds"))
+
+
+def interrupted(lane):
+    raise KeyboardInterrupt
+
+
+def move(run, other):
+    """Give a trained run the weights of another, as training on another machine might."""
+    weights = train([other])[0].model().state_dict()
+    record, last = train([run])[0], run.recipe.epochs
+    record.closing["weights"][str(last)] = store.save_weights(run, last, weights)
+    store.write_record(run, record.log.to_dict("records"), record.closing)
+    return record.closing["weights"][str(last)]
+
+
+def new_lane(run):
+    """A lane at the start of a run of ``tiny`` or where its saved state is."""
+    images = load_data(run.data).first(run.images)
+    return Lane(run, images, load_data(run.data, "test"), Shelf())
+
+
+def peer_of(trained, epoch=None):
+    """The peer's network, the run's method naming it."""
+    run = trained.run
+    return store.load_part(run, epoch or run.recipe.epochs, run.method.peer)
+
+
+def parts_of(trained, epoch=None):
+    """Tensors of all that was trained along, by name."""
+    tensors = store.load_networks(trained.run, epoch or trained.run.recipe.epochs)
+    return {name: t for name, t in tensors.items() if not name.startswith("student.")}
+
+
+def parts_fingerprint(trained, epoch=None):
+    """Of all that was trained along."""
+    return fingerprint(parts_of(trained, epoch))
+
+
+def batches(run, images):
+    """(epoch, image indices, views) of every step of a run, from the plans themselves.
+
+    A batch belongs to the epoch in which its last image comes.
+    """
+    n, batch, before = len(images), run.recipe.batch, run.epochs_before
+    plans = [plan(run.seed, e, n, images.views) for e in range(before + run.recipe.epochs)]
+    order, views = (torch.cat(parts) for parts in zip(*plans, strict=True))
+    for step in range(before * n // batch, len(order) // batch):
+        rows = slice(step * batch, (step + 1) * batch)
+        yield (rows.stop - 1) // n - before, order[rows], views[rows]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def garble(path):
+    path.write_bytes(b"no tensors at all")
