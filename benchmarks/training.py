@@ -97,7 +97,7 @@ def lane_turn(lane: Lane, epochs: int, cold: bool) -> Turn:
 
     lane.begin_epoch()
     lane.advance()
-    for bank in lane.banks.banks.values() if cold else ():
+    for bank in lane.teachers.banks.banks.values() if cold else ():
         bank.known.zero_()
     return timed(work, epochs * lane.steps * lane.run.recipe.batch, lane.device)
 
@@ -129,7 +129,7 @@ def run_case(case: Case, options: argparse.Namespace) -> list[dict]:
             "K2": lambda: lane_turn(lane, case.epochs, cold=False),
         }
         rows += compare(name, contenders, {("K1", "P0"): None, ("K2", "P0"): case.target}, options)
-        peak = environment(options.device, lane.dtype)["peak_memory_mb"]
+        peak = environment(options.device, lane.trainee.dtype)["peak_memory_mb"]
         return [*rows, row(name, "peak memory, MB", peak)]
 
 
