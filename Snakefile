@@ -48,6 +48,7 @@ for name in EXHIBITS:
         log: executed(name)
         params:
             code=CODE,
+            keep_route=os.environ.get("KDLIB_KEEP_ROUTE", "1"),
             command=command(name, profile=PROFILE, data=DATA),
             progress=HOME / "logs" / FOLDER / (name.replace("/", "-") + ".log"),
         threads: int(config.get("threads", 1))

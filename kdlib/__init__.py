@@ -5,7 +5,15 @@ from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
 from kdlib.greedy import GreedySearch
-from kdlib.methods import KD, CrossEntropy, MutualLearning, OneStage, RocketLaunching, multi_stage
+from kdlib.methods import (
+    KD,
+    CrossEntropy,
+    Hint,
+    MutualLearning,
+    OneStage,
+    RocketLaunching,
+    multi_stage,
+)
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
 from kdlib.store import Trained, measure
@@ -15,6 +23,7 @@ __all__ = [
     "KD",
     "CrossEntropy",
     "GreedySearch",
+    "Hint",
     "KdlibError",
     "MutualLearning",
     "OneStage",

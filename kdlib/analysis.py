@@ -35,14 +35,15 @@ def divergence_from_route(trained: Trained, temperature: float = 5.0) -> pd.Data
     Over the validation fifth of the training images, both networks in eval mode, no augmentation.
     """
     images = _training_images(trained.run)
-    student = _logits(trained.model(), images, validation(len(images)).to(images.device))
+    index = validation(len(images)).to(images.device)
+    student = _logits(trained.model(), images, index).to(images.device).double()
     teacher = _record(teacher_of(trained.run))
     if teacher.run.images != trained.run.images:
         raise ValueError(f"{trained.run} and {teacher.run} do not learn from the same images.")
     rows = []
     for epoch in range(1, teacher.run.recipe.epochs + 1):
-        taught = store.load_logits(teacher, epoch)
-        kd = losses.kd(student.double(), taught.double(), temperature)
+        taught = store.load_logits(teacher, epoch).to(images.device).double()
+        kd = losses.kd(student, taught, temperature)
         rows.append((epoch, kd.item() / temperature**2))
     return pd.DataFrame(rows, columns=["epoch", "kl"])
 
@@ -106,6 +107,7 @@ def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
 
+@torch.no_grad()
 def noise_losses(
     trained: Trained, deltas: list[float], draws: int, count: int | None = None
 ) -> pd.DataFrame:
@@ -120,30 +122,43 @@ def noise_losses(
     models = [trained.model().to(device)]
     if teacher := teacher_of(trained.run):
         models.append(_last_model(teacher).to(device))
-    rows = []
-    for draw in range(draws):
-        for delta in deltas:
-            logits = [_noised_logits(model, images, delta, draw) for model in models]
-            row = {"delta": delta, "draw": draw}
-            row["ce"] = F.cross_entropy(logits[0], images.labels.cpu()).item()
-            if teacher:
-                row["kl"] = losses.kd(*logits, temperature=1).item()
-            rows.append(row)
-    return pd.DataFrame(rows)
+    sums = {
+        (draw, delta): torch.zeros(2, device=device) for draw in range(draws) for delta in deltas
+    }
+    for index in torch.arange(len(images), device=device).split(CHUNK):
+        labels = images.labels[index]
+        for draw in range(draws):
+            noise = noise_of(images, index, draw)
+            for delta in deltas:
+                logits = [model(noised(images, index, noise, delta)) for model in models]
+                sums[draw, delta][0] += F.cross_entropy(logits[0], labels, reduction="sum")
+                if teacher:
+                    sums[draw, delta][1] += len(index) * losses.kd(*logits, temperature=1)
+    columns = ["ce", "kl"] if teacher else ["ce"]
+    table = pd.DataFrame(
+        [(total / len(images)).tolist()[: len(columns)] for total in sums.values()], columns=columns
+    )
+    table.insert(0, "delta", [delta for _, delta in sums])
+    table.insert(1, "draw", [draw for draw, _ in sums])
+    return table
 
 
-def noised(images: Images, index: Tensor, delta: float, draw: int) -> Tensor:
-    """Normalised test images ``[b, c, h, w]`` with noise of deviation δ·σ_in, by image and draw."""
+def noise_of(images: Images, index: Tensor, draw: int) -> Tensor:
+    """Standard normal noise ``[b, c, h, w]`` of a draw, the same whichever images stand beside."""
+    shape = (images.channels, images.size, images.size)
+    seeds = (torch.Generator().manual_seed(mix("noise", draw, i)) for i in index.tolist())
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
+    return noise.to(images.device)
+
+
+def noised(images: Images, index: Tensor, noise: Tensor, delta: float) -> Tensor:
+    """Normalised images ``[b, c, h, w]``, noise of deviation δ·σ_in added to their pixels."""
     x = images.batch(index)
     mean, std = (
         torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (images.mean, images.std)
     )
     sigma = (x * std + mean).flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
-    noise = [
-        torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(mix("noise", draw, i)))
-        for i in index.tolist()
-    ]
-    return x + delta * sigma * torch.stack(noise).to(x.device) / std
+    return x + delta * sigma * noise / std
 
 
 def teacher_of(run: Run) -> Run | None:
@@ -173,12 +188,6 @@ def _logits(model: nn.Module, images: Images, index: Tensor | None = None) -> Te
         index = torch.arange(len(images), device=images.device)
     model = model.to(images.device)
     return torch.cat([model(images.batch(chunk)) for chunk in index.split(CHUNK)]).cpu()
-
-
-@torch.no_grad()
-def _noised_logits(model: nn.Module, images: Images, delta: float, draw: int) -> Tensor:
-    chunks = torch.arange(len(images), device=images.device).split(CHUNK)
-    return torch.cat([model(noised(images, index, delta, draw)) for index in chunks]).cpu()
 
 
 def _gram(several: tuple[Trained, ...]) -> np.ndarray:

@@ -179,7 +179,7 @@ class Exhibit:
         about = self.provenance()
         if self.cells:
             warning = "" if self.profile.evidence or not self.used else f"\n**{NO_EVIDENCE}.**\n"
-            title = f"# {self.name}, profile {self.profile.name}, {about['data'] or 'no data'}\n"
+            title = f"# {self.name}, profile {self.profile.folder}, {about['data'] or 'no data'}\n"
             self._write("table.csv", self.long_table().to_csv(index=False), about)
             self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)
             self._write("verdicts.csv", as_table(self._verdicts).to_csv(index=False), about)

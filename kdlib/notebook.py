@@ -23,9 +23,11 @@ def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
     if answer is None:
         print("Not answered yet.")
         return
-    if isinstance(expected, float | int) and not isinstance(expected, bool):
-        right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
-    else:
+    if isinstance(expected, str):
+        right = str(answer).casefold() == expected.casefold()
+    elif isinstance(expected, bool) or not isinstance(answer, float | int):
         right = answer == expected
+    else:
+        right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
     assert right, f"Not yet. {hint}"
     print("Right.")

@@ -11,12 +11,16 @@ import pandas as pd
 
 from kdlib.data import canonical_name, label
 from kdlib.errors import UnknownName
-from kdlib.methods import CrossEntropy, Method
+from kdlib.methods import KD, CrossEntropy, Method
 from kdlib.runs import Recipe, Run
 
-# Epochs of RCO's teachers that are kept however thin a route is made: all fixed anchors of the
-# paper's exhibits but those of M_gap = 1, 2 and 4 are among them.
+# The paper's epochs that RCO's teachers keep however thin a route is made. All its fixed anchors
+# but those of M_gap = 1, 2 and 4 are among them.
 RCO_ROUTE = tuple(range(10, 250, 10))
+
+# Runs that RCO's Figure 5 follows from epoch to epoch. Other notebooks ask for them, too: all must
+# ask for the same checkpoints, or one makes the other's runs train again.
+RCO_WAYS = {("mobilenetv2-t4-w0.35", kind) for kind in (CrossEntropy, KD)}
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Profile:
         models: likewise for networks.
         images: train on so many images only; None for all.
         axis: of each axis of a grid of networks, take the first so many; None for all.
-        keep_route: of a teacher whose route is learned from, keep the weights of every so many
-            epochs, besides ``RCO_ROUTE``.
+        keep_route: of a teacher whose route is learned from, keep the weights of every so many of
+            the paper's epochs, besides ``RCO_ROUTE``.
         evidence: whether a result may count for or against a paper at all.
         stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
     """
@@ -52,13 +56,13 @@ class Profile:
     @property
     def faithful(self) -> bool:
         """Whether nothing is shrunk and nothing stands in for anything."""
-        shrunk = self.datasets or self.models or self.images or self.axis or self.keep_route > 1
-        return self.length == 1 and not shrunk
+        return self.length == 1 and not (self.datasets or self.models or self.images or self.axis)
 
     @property
     def folder(self) -> str:
         """Name of the results folder: another data set's numbers never overwrite the profile's."""
-        return "+".join([self.name, *self.stand_ins])
+        thinned = [f"keep-route={self.keep_route}"] if self.keep_route > 1 else []
+        return "+".join([self.name, *thinned, *self.stand_ins])
 
     def epochs(self, paper: int) -> int:
         """The paper's number of epochs, in this profile: at least one."""
@@ -87,13 +91,13 @@ class Profile:
 
     def route(self, recipe: Recipe) -> tuple[int, ...]:
         """The epochs, as run, that a teacher keeps whose route is learned from."""
-        thinned = range(self.keep_route, recipe.epochs + 1, self.keep_route)
-        fixed = (self.epochs(epoch) for epoch in RCO_ROUTE)
-        return tuple(sorted({*thinned, *(e for e in fixed if e <= recipe.epochs)}))
+        last = round(recipe.epochs / self.length)
+        kept = {*range(self.keep_route, last + 1, self.keep_route), *RCO_ROUTE}
+        return tuple(sorted({e for e in map(self.epochs, kept) if e <= recipe.epochs}))
 
     def keeps(self, gap: int) -> bool:
         """Whether a route has an anchor every ``gap`` of the paper's epochs."""
-        return self.epochs(gap) % self.keep_route == 0 or gap in RCO_ROUTE
+        return gap % self.keep_route == 0 or gap in RCO_ROUTE
 
     def run(
         self,
@@ -113,6 +117,8 @@ class Profile:
                 how far a student is from every epoch.
         """
         kept = (*map(self.epochs, keep), *(self.route(recipe) if route else ()))
+        if (model, type(method)) in RCO_WAYS:
+            kept = range(1, recipe.epochs + 1)
         return Run(
             data=self.dataset(data),
             model=self.model(model),

@@ -108,6 +108,8 @@ class Run:
 
     def __str__(self) -> str:
         method = type(self.method).__name__
+        if at := getattr(self.method, "at", None):
+            method += f" of epoch {at}"
         return f"{self.model} · {method} · seed {self.seed} · {self.id}"
 
 

@@ -104,26 +104,26 @@ def save_networks(run: Run, epoch: int, networks: nn.ModuleDict) -> str:
     """``save_weights`` of a trainee's networks."""
     state = networks.state_dict()
     parts = {name: t for name, t in state.items() if not name.startswith("student.")}
-    return save_weights(run, epoch, _within(state, "student."), parts)
+    return save_weights(run, epoch, within(state, "student."), parts)
 
 
 def load_networks(run: Run, epoch: int) -> dict[str, Tensor]:
     """The state of a trainee's networks: names begin with ``student.`` or the name of a part."""
-    tensors = _load_checked(weights_path(run, epoch))
+    tensors, _ = _load_checked(weights_path(run, epoch))
     student = {f"student.{n}": t for n, t in tensors.items() if not n.startswith(PART)}
-    return student | _within(tensors, PART)
+    return student | within(tensors, PART)
 
 
 def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     """A run's model after ``epoch`` epochs, in eval mode and frozen, and its fingerprint."""
-    tensors = _load_checked(weights_path(run, epoch))
+    tensors, found = _load_checked(weights_path(run, epoch))
     student = {name: t for name, t in tensors.items() if not name.startswith(PART)}
-    return _frozen(run.model, student), fingerprint(tensors)
+    return _frozen(run.model, student), found
 
 
 def load_part(run: Run, epoch: int, model: str, part: str = "peer") -> Staged:
     """A network that was trained along, such as a peer, in eval mode and frozen."""
-    return _frozen(model, _within(load_networks(run, epoch), f"{part}."))
+    return _frozen(model, within(load_networks(run, epoch), f"{part}."))
 
 
 def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
@@ -133,15 +133,19 @@ def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
     return network.eval().requires_grad_(False)
 
 
-def _within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def within(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix``, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _load_checked(path: Path) -> dict[str, Tensor]:
-    """Tensors that are those that were saved; a damaged file is put aside, to be made again."""
+def _load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors that are those that were saved, and their fingerprint.
+
+    A damaged file is put aside, so that it is made again.
+    """
     try:
         tensors, about = load_tensors(path)
-        if fingerprint(tensors) != about["fingerprint"]:
+        if (found := fingerprint(tensors)) != about["fingerprint"]:
             raise StoreError(
                 f"{path} is damaged (its content changed); training the run again mends it."
             )
@@ -149,7 +153,7 @@ def _load_checked(path: Path) -> dict[str, Tensor]:
         with contextlib.suppress(FileNotFoundError):
             path.rename(path.with_suffix(".damaged"))
         raise
-    return tensors
+    return tensors, found
 
 
 # --- logits along a route -------------------------------------------------------------------------
@@ -173,8 +177,8 @@ def load_logits(trained: "Trained", epoch: int) -> Tensor:
     Raises StoreError where they are absent, damaged or not those of the record.
     """
     path = logits_path(trained.run, epoch)
-    tensors = _load_checked(path)
-    if fingerprint(tensors) != trained.closing.get("logits", {}).get(str(epoch)):
+    tensors, found = _load_checked(path)
+    if found != trained.closing.get("logits", {}).get(str(epoch)):
         raise StoreError(
             f"{path} are not the logits that the record of {trained.run} tells of; "
             f"`train([run], weights=True)` with the run's `route` set makes both anew."
@@ -313,12 +317,14 @@ def measure(
 ) -> pd.DataFrame:
     """``fn(trained, **options)``, a small table, computed once and kept beside the run's record.
 
-    The key is the function's source, its options, the run's weights and its teachers': change one
-    and it is computed again; what the function calls is not looked at. Options must be plain JSON.
-    A measurement of several runs, ``fn(first, second, …, **options)``, is kept beside the first.
+    The key is the function's source, its options, the run's last weights and its teachers': change
+    one and it is computed again; what the function calls is not looked at. Options must be plain
+    JSON. That of several runs, ``fn(first, second, …, **options)``, is kept beside the first.
     """
     several = [trained] if isinstance(trained, Trained) else list(trained)
-    weights = [[t.closing["weights"], t.closing["teachers"]] for t in several]
+    weights = [
+        [t.closing["weights"][str(t.run.recipe.epochs)], t.closing["teachers"]] for t in several
+    ]
     key = [inspect.getsource(fn), options, weights]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name, first = f"measure-{fn.__name__}-{digest}.json", several[0].run

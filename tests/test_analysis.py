@@ -15,6 +15,7 @@ from kdlib.analysis import (
     displacement_cosines,
     logits_on_test,
     noise_losses,
+    noise_of,
     noised,
     training_losses,
     trajectories,
@@ -123,6 +124,10 @@ def test_a_trajectory_of_a_later_stage_starts_where_the_stage_does(tiny):
     np.testing.assert_allclose(np.abs(table.pc1), np.abs(plane[:, 0] - plane[0, 0]), rtol=1e-3)
 
 
+def with_noise(images, index, delta, draw):
+    return noised(images, index, noise_of(images, index, draw), delta)
+
+
 @pytest.mark.parametrize("other", ["seed", "model", "start"])
 def test_runs_of_another_start_are_refused(tiny, other):
     change = {"seed": {"seed": 1}, "model": {"model": "resnet8-x0.5"}, "start": {"start": tiny()}}
@@ -175,7 +180,7 @@ def test_noise_has_the_deviation_delta_times_that_of_the_images_own_pixels():
     sigma = clean.reshape(len(clean), -1).std(1)
     unit = None
     for delta in (0.1, 0.7):
-        noise = in_pixels(images, noised(images, index, delta, draw=0)) - clean
+        noise = in_pixels(images, with_noise(images, index, delta, 0)) - clean
         scaled = noise / (delta * sigma.reshape(-1, 1, 1, 1))
         assert scaled.std() == pytest.approx(1, abs=0.02)
         assert scaled.mean() == pytest.approx(0, abs=0.02)
@@ -194,7 +199,7 @@ def test_noise_of_colour_images_is_one_deviation_over_all_channels(photos, tmp_p
     index = torch.arange(len(images))
     clean = raw_pixels(images, len(images))
     np.testing.assert_allclose(in_pixels(images, images.batch(index)), clean, atol=1e-6)
-    noise = in_pixels(images, noised(images, index, 0.5, draw=1)) - clean
+    noise = in_pixels(images, with_noise(images, index, 0.5, 1)) - clean
     sigma = clean.reshape(len(clean), -1).std(1)
     by_channel = noise.std((2, 3)) / sigma[:, None]
     assert by_channel.shape == (24, 3)
@@ -215,12 +220,12 @@ def dim_one_channel(folder):
 def test_noise_depends_on_image_and_draw_alone():
     images = load_data("digits", "test")
     torch.manual_seed(1)
-    some = noised(images, torch.tensor([7, 3, 5]), 0.5, draw=2)
+    some = with_noise(images, torch.tensor([7, 3, 5]), 0.5, 2)
     torch.manual_seed(2)
-    one = noised(images, torch.tensor([3]), 0.5, draw=2)
+    one = with_noise(images, torch.tensor([3]), 0.5, 2)
     assert torch.equal(some[1:2], one)
     clean = images.batch(torch.tensor([7, 3, 5]))
-    other = noised(images, torch.tensor([7, 3, 5]), 0.5, draw=3)
+    other = with_noise(images, torch.tensor([7, 3, 5]), 0.5, 3)
     assert not torch.equal(other, some)
     noise = [(some - clean)[k] / (some - clean)[k].std() for k in range(3)]
     assert max((noise[0] * noise[k]).mean().abs() for k in (1, 2)) < 0.5
@@ -232,7 +237,7 @@ def test_without_noise_the_losses_are_those_of_the_log(tiny):
     assert table.ce.tolist() == pytest.approx([student.final["test_ce"]] * 2, rel=1e-5)
     assert table.kl.tolist() == pytest.approx([student.final["test_kl"]] * 2, rel=1e-4)
     x = load_data("digits", "test").batch(torch.arange(4))
-    assert torch.equal(noised(load_data("digits", "test"), torch.arange(4), 0.0, draw=0), x)
+    assert torch.equal(with_noise(load_data("digits", "test"), torch.arange(4), 0.0, 0), x)
 
 
 def test_student_and_teacher_see_the_same_noise(tiny):
@@ -248,7 +253,7 @@ def test_student_and_teacher_see_the_same_noise(tiny):
     images = load_data("digits", "test").first(50)
     networks = student.model(), store.find_record(teacher).model()  # its last epoch, not at=1
     for row in table.itertuples():
-        x = noised(images, torch.arange(50), row.delta, row.draw)
+        x = with_noise(images, torch.arange(50), row.delta, row.draw)
         logits, taught = (network(x) for network in networks)
         assert row.ce == pytest.approx(cross_entropy(logits, images.labels), rel=1e-5)
         assert row.kl == pytest.approx(divergence(taught, logits, tau=1), rel=1e-4)

@@ -77,7 +77,7 @@ class Shelf:
     first.
     """
 
-    # Banks of passing teachers at hand: two for each lane that runs side by side.
+    # Banks at hand that remember nothing or are passing: two for each lane that runs side by side.
     AT_HAND = 16
 
     def __init__(self):
@@ -93,10 +93,14 @@ class Shelf:
             if not self._fits(bank):
                 self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
                 bank.remembers = bank.remembers and self._fits(bank)
-            for surplus in [k for k in self.banks if k[0] in self.passing][: 1 - self.AT_HAND]:
+            for surplus in self._dispensable()[: 1 - self.AT_HAND]:
                 del self.banks[surplus]
             self.banks[key] = bank
         return self.banks[key]
+
+    def _dispensable(self) -> list[tuple]:
+        """Banks that are as soon made again, the oldest first."""
+        return [k for k, b in self.banks.items() if not b.remembers or k[0] in self.passing]
 
     def expect(self, passing: set[str]) -> None:
         """Tell which teachers are passing from now on; those that were may remember anew."""

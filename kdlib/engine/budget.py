@@ -38,7 +38,7 @@ def label_sweeps(runs: Iterable[Run]) -> dict[Anchor, Sweeps]:
             live[anchor] += 1
             if run.method.live:
                 banked[anchor] += 1  # features are never banked
-            else:
+            if run.method.labelled:
                 plans[anchor, run.data, run.images].add((run.seed, run.epochs_before + epoch))
     for (anchor, data, _), different in plans.items():
         views = count_views(data)

@@ -51,6 +51,7 @@ class Lane:
         shape = (steps, run.recipe.batch)
         self.index = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.view = torch.zeros_like(self.index)
+        self.labelled = run.method.labelled and run.method.labeller(0) is not None
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.meter: dict[str, Tensor] = {}
@@ -79,7 +80,8 @@ class Lane:
         self.view[: self.steps].copy_(view)
         if run.method.live:
             self.teachers.enliven(self.epoch, self.device)
-        elif bank := self.teachers.bank(self.epoch, images):
+        if self.labelled:
+            bank = self.teachers.bank(self.epoch, images)
             # Copied here, not indexed in the step: a graph would keep one bank's address for good.
             flat = bank.targets(
                 self.index[: self.steps].flatten(), self.view[: self.steps].flatten()
@@ -112,7 +114,7 @@ class Lane:
             Step(
                 x=self.images.batch(index, view),
                 labels=labels,
-                targets=self.targets.index_select(0, self.cursor)[0],
+                targets=self.targets.index_select(0, self.cursor)[0] if self.labelled else None,
                 student=self.trainee.student,
                 teacher=self._live_teacher(),
                 parts=self.trainee.parts,
@@ -273,7 +275,11 @@ class Lane:
             return  # a checkpoint is asked for now that was not kept then
         if self.run.route and len(about["logits"]) < epochs:
             return
-        self.trainee.load(tensors)
+        try:
+            self.trainee.load(tensors)
+        except ValueError as error:  # the method has other parts now than it had then
+            warnings.warn(f"{self._state_path}: {error} {self.run} starts anew.", stacklevel=2)
+            return
         if about["scaler"]:
             self.trainee.scaler.load_state_dict(about["scaler"])
         self.log, self.epoch = about["log"], epochs

@@ -60,7 +60,8 @@ class Teachers:
             teacher = self.banks.teacher(known, images.device) or self.checkpoint(*anchor)
             return LabelBank(teacher, images)
 
-        return self.banks.get((known, self.run.data, images.split, len(images)), make)
+        key = (known, self.run.data, images.split, len(images), str(images.device))
+        return self.banks.get(key, make)
 
     def enliven(self, epoch: int, device: torch.device) -> None:
         """Make ``live`` the labeller of the run's ``epoch``, at the address it has."""

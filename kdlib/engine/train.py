@@ -20,6 +20,7 @@ from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite, StoreError
+from kdlib.methods.distill import Anchor
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -78,7 +79,7 @@ def train(
     keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
     while True:
-        _ensure(_merge(runs), device, lanes, weights)
+        _ensure(runs, device, lanes, weights)
         following = {k: _following(s, runs[k], device, lanes) for k, s in searches.items()}
         searches = {k: s for k, s in searches.items() if following[k]}
         if not searches:
@@ -92,7 +93,7 @@ def _following(search: Search, run: Run, device: torch.device, lanes: int) -> Ru
     try:
         return search.following(trained)
     except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure(_merge([run, *search.looks_at(run)]), device, lanes, weights=True)
+        _ensure([run, *search.looks_at(run)], device, lanes, weights=True)
         return search.following(store.find_record(run))
 
 
@@ -105,10 +106,13 @@ def _merge(runs: Iterable[Run]) -> list[Run]:
     return list(merged.values())
 
 
-def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) -> None:
-    if not (missing := _incomplete(runs, weights)):
+def _ensure(mentions: list[Run], device: torch.device, lanes: int, weights: bool) -> None:
+    """Train what is missing of these, teachers first. A run may be mentioned more than once, with
+    different wishes for what it and its teachers keep."""
+    runs = _merge(mentions)
+    if not (missing := {run.id for run in _incomplete(runs, weights)}):
         return
-    _ensure(_teachers(missing), device, lanes, weights=True)
+    _ensure(_parents([m for m in mentions if m.id in missing]), device, lanes, weights=True)
     missing = _incomplete(runs, weights)  # a teacher trained anew outdates all its students
     sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
     BANKS.expect({teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live})
@@ -129,30 +133,48 @@ def _ensure(runs: list[Run], device: torch.device, lanes: int, weights: bool) ->
         raise first
 
 
-def _teachers(runs: list[Run]) -> list[Run]:
+def _parents(mentions: list[Run]) -> list[Run]:
     """The runs that these learn or start from, asked to keep what is needed of them.
 
     Of those that are to be trained theirs, too: what one teacher has to keep for a whole chain of
     runs is so known before it is trained.
     """
-    anchors = [anchor for run in runs for anchor in run.parents]
-    parents = _merge(replace(teacher, keep=(*teacher.keep, epoch)) for teacher, epoch in anchors)
+    parents = []
+    for run in mentions:
+        for parent, epochs in _by_run(run.parents).items():
+            parents.append(replace(parent, keep=(*parent.keep, *epochs)))
     ids = {parent.id for parent in parents}
-    parents = _merge([*parents, *(run for run in runs if run.id in ids)])
-    missing = _incomplete(parents, weights=True)
-    return _merge([*parents, *_teachers(missing)]) if missing else parents
+    parents += [run for run in mentions if run.id in ids]
+    missing = {run.id for run in _incomplete(_merge(parents), weights=True)}
+    return parents + (_parents([p for p in parents if p.id in missing]) if missing else [])
+
+
+def _by_run(checkpoints: Iterable[Anchor]) -> dict[Run, set[int]]:
+    epochs = defaultdict(set)
+    for run, epoch in checkpoints:
+        epochs[run].add(epoch)
+    return epochs
 
 
 def _incomplete(runs: list[Run], weights: bool) -> list[Run]:
-    return [run for run in runs if not _complete(run, weights)]
+    known: dict[tuple, bool] = {}
+    return [run for run in runs if not _complete(run, weights, known)]
 
 
-def _complete(run: Run, weights: bool) -> bool:
+def _complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     """Whether nothing is left to do: there is a record, and the teachers did not move since.
 
     A record alone will do where weights are not needed, as in a clone without a store. Where the
-    store has the run, all checkpoints that it is asked to keep must be there.
+    store has the run, all checkpoints that it is asked to keep must be there. ``known`` remembers
+    the answers of one pass, since many students have one teacher.
     """
+    key = (run.id, run.keep, run.route, weights)
+    if key not in known:
+        known[key] = _is_complete(run, weights, known)
+    return known[key]
+
+
+def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     trained = store.find_record(run)
     if trained is None:
         return False
@@ -161,14 +183,11 @@ def _complete(run: Run, weights: bool) -> bool:
         return False
     if run.route and needed and not store.holds_logits(trained):
         return False
-    parents = defaultdict(set)
-    for teacher, epoch in run.parents:
-        parents[teacher].add(epoch)
-    for teacher, epochs in parents.items():
+    for teacher, epochs in _by_run(run.parents).items():
         if (record := store.find_record(teacher)) is None:
             continue
         now, before = record.closing["weights"], trained.closing["teachers"]
-        if not _complete(teacher, weights=False):
+        if not _complete(teacher, False, known):
             return False
         if any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs):
             warnings.warn(
@@ -201,7 +220,13 @@ def _train_some(
                 locks.enter_context(store.lock(run))
             except Timeout:
                 continue
-            if not _complete(run, weights):  # it may have been finished while we asked for the lock
+            if _incomplete([run], weights):  # it may have been finished while we asked for the lock
+                if store.find_record(run):
+                    warnings.warn(
+                        f"{run} is trained again: its teacher moved, or weights or logits are "
+                        f"asked for that are not there.",
+                        stacklevel=2,
+                    )
                 # A route that is trained again keeps what it kept: others label with it.
                 kept = (*run.keep, *store.kept_epochs(run))
                 mine.append(replace(run, keep=kept, route=run.route or store.kept_logits(run)))

@@ -33,7 +33,8 @@ class Trainee:
             name: InFloat32(net, self.device, self.dtype) for name, net in self.networks.items()
         }
         self.student, self.parts = called.pop("student"), called
-        self.recipes = {"student": run.recipe, **run.method.recipes()}
+        own = {name: r for name, r in run.method.recipes().items() if name in self.networks}
+        self.recipes = {"student": run.recipe, **own}
         # A tensor rate can change between replays; only the fused SGD takes one without a sync.
         self.rates = {
             name: torch.tensor(r.lr, device=self.device) for name, r in self.recipes.items()
@@ -100,8 +101,10 @@ class Trainee:
             {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
             for p in ("networks.", "momentum.")
         )
-        load_weights(self.networks, weights)
         parameters = dict(self.networks.named_parameters())
+        if not momentum.keys() <= parameters.keys():
+            raise ValueError("The momentum does not fit the networks.")
+        load_weights(self.networks, weights)
         for optimizer in self.optimizers.values():
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, buffer in momentum.items():
@@ -127,12 +130,15 @@ class Trainee:
 def _build(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
     """The student, as its run starts, and what its method trains along."""
     weights = mix("weights", run.seed)
-    student = build_model(run.model, images.classes, images.channels, weights)
-    x = images.batch(torch.arange(2, device=images.device)).cpu()
+    student = build_model(run.model, images.classes, images.channels, weights).to(images.device)
+    x = images.batch(torch.arange(2, device=images.device))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(mix("parts", run.seed))
         parts = run.method.parts(student.eval(), teacher, x)
     networks = nn.ModuleDict({"student": student, **parts})
-    if run.start:
-        load_weights(networks, store.load_networks(run.start, run.start.recipe.epochs))
+    if run.start:  # parts of another method stay as they are
+        saved = store.load_networks(run.start, run.start.recipe.epochs)
+        for name, network in networks.items():
+            if own := store.within(saved, f"{name}."):
+                load_weights(network, own)
     return networks.to(images.device, memory_format=torch.channels_last)

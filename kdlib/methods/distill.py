@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ class Step(NamedTuple):
     Attributes:
         x: images ``[b, channels, height, width]``.
         labels: int64 ``[b]``.
-        targets: ``[b, classes]``, the labeller's logits for exactly these views; None without a
-            labeller.
+        targets: ``[b, classes]``, the labeller's logits for exactly these views; None where there
+            is no labeller or the method is not ``labelled``.
         student: the network to train.
         teacher: the labeller itself, frozen, for a method that is ``live``; else None.
         parts: what else the method trains, by name.
@@ -48,7 +47,8 @@ class Step(NamedTuple):
 class Method:
     """What every method says of itself; its fields are part of the run's description."""
 
-    # Whether the loss needs the teacher itself, for its features, rather than its logits.
+    # Whether the loss reads the labeller's logits, and whether it needs the teacher itself.
+    labelled = True
     live = False
 
     def labeller(self, epoch: int) -> Anchor | None:
@@ -105,7 +105,9 @@ class FromTeacher(Method):
 
     def __post_init__(self):  # one training, one id: the last epoch is None
         last = self.teacher.recipe.epochs
-        at = None if self.at is None or index(self.at) == last else index(self.at)
+        if self.at is not None and self.at not in range(1, last + 1):
+            raise ValueError(f"There is no epoch {self.at} of {self.teacher}: it has 1 to {last}.")
+        at = None if self.at is None or self.at == last else int(self.at)
         object.__setattr__(self, "at", at)
 
     @property

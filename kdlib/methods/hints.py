@@ -23,6 +23,7 @@ class Hint(FromTeacher):
 
     ce_weight: float = 1.0
     hint_weight: float = 1.0
+    labelled = False
     live = True
 
     def parts(self, student, teacher, x):

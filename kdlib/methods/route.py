@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from operator import index
 from typing import TYPE_CHECKING
 
 from kdlib.methods.distill import FromTeacher, Method
@@ -30,12 +30,12 @@ class OneStage(Method):
     gap: int
 
     def __post_init__(self):
-        if self.gap < 1:
+        if self.gap < 1 or self.gap != int(self.gap):
             raise ValueError(
-                f"A gap of {self.gap} epochs: at least one is needed. Below that, teacher and "
-                f"student step together, which is RocketLaunching."
+                f"A gap of {self.gap} epochs: a whole number is needed, one at least. Below one, "
+                f"teacher and student step together, which is RocketLaunching."
             )
-        object.__setattr__(self, "gap", index(self.gap))
+        object.__setattr__(self, "gap", int(self.gap))
         # which checkpoint the method itself names makes no difference, and so no other id
         object.__setattr__(self, "method", replace(self.method, at=None))
 
@@ -43,12 +43,19 @@ class OneStage(Method):
     def live(self):
         return self.method.live
 
+    @property
+    def labelled(self):
+        return self.method.labelled
+
     def labeller(self, epoch):
         teacher = self.method.teacher
         return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
 
     def parts(self, student, teacher, x):
         return self.method.parts(student, teacher, x)
+
+    def recipes(self):
+        return self.method.recipes()
 
     def loss(self, step):
         return self.method.loss(step)
@@ -71,9 +78,14 @@ def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
 
 
 def following(student: Run, before: Run | None, anchor: int) -> Run:
-    """The stage of ``anchor``, after the stage ``before``."""
+    """The stage of ``anchor``, after the stage ``before``; of it the last weights alone are kept.
+
+    Raises ValueError where the student's method does not learn from one checkpoint of a teacher.
+    """
+    if not isinstance(student.method, FromTeacher):
+        raise ValueError(f"{student} has no checkpoint to learn from: give it KD(teacher), say.")
     method = replace(student.method, at=anchor)
-    return replace(student, method=method, start=before or student.start)
+    return replace(student, method=method, start=before or student.start, keep=())
 
 
 def hardness(divergence: Mapping[int, float], anchor: int) -> dict[int, float]:
@@ -83,14 +95,18 @@ def hardness(divergence: Mapping[int, float], anchor: int) -> dict[int, float]:
         divergence: H by the teacher's epoch: its divergence from a student of the anchor.
     """
     own = divergence[anchor]
-    return {j: (h - own) / own for j, h in sorted(divergence.items()) if j > anchor}
+    return {
+        j: (h - own) / own if own else math.inf * (h > 0)
+        for j, h in sorted(divergence.items())
+        if j > anchor
+    }
 
 
 def next_anchor(
     divergence: Mapping[int, float],
     anchor: int,
     delta: float = 0.8,
-    allowed: Callable[[int], bool] = lambda epoch: True,
+    candidates: Iterable[int] | None = None,
 ) -> int:
     """Greedy search (Algorithm 2): the last epoch before the first that is too hard, r_ij > δ.
 
@@ -100,13 +116,14 @@ def next_anchor(
     Args:
         divergence: H by the teacher's epoch, 1 to N.
         anchor: i, whose student H belongs to.
-        allowed: which epochs may be anchors; N always may.
+        candidates: the epochs that may be anchors; None for all. N always may.
     """
     last = max(divergence)
     if anchor >= last:
         raise ValueError(f"Nothing follows epoch {anchor}: the teacher has {last}.")
-    candidates = [j for j in range(anchor + 1, last) if allowed(j)] + [last]
+    allowed = range(1, last) if candidates is None else sorted(candidates)
+    later = [j for j in allowed if anchor < j < last] + [last]
     hard = (j for j, r in hardness(divergence, anchor).items() if j < last and r > delta)
     if (first_hard := next(hard, None)) is None:
         return last
-    return max((j for j in candidates if j < first_hard), default=candidates[0])
+    return max((j for j in later if j < first_hard), default=later[0])
