@@ -167,7 +167,7 @@ def test_a_labeller_may_switch_teachers_by_epoch(tiny):
 
 
 def test_a_checkpoint_beyond_the_teachers_end_is_refused(tiny):
-    with pytest.raises(ValueError, match="There is no epoch 9 of .* it has 1 to 2"):
+    with pytest.raises(ValueError, match=r"There is no epoch 9 of .* it has 1 to 2"):
         train([tiny(method=KD(tiny(), at=9))])
 
 

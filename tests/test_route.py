@@ -548,7 +548,7 @@ def test_a_search_whose_teacher_was_removed_trains_it_again(search):
 
 
 def test_a_first_anchor_beyond_the_teachers_end_is_refused(search):
-    with pytest.raises(ValueError, match="There is no epoch 5 of .* it has 1 to 4"):
+    with pytest.raises(ValueError, match=r"There is no epoch 5 of .* it has 1 to 4"):
         search(first=5)
 
 

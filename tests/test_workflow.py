@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from kdlib.files import ROOT
 
 sys.path.insert(0, str(ROOT / "workflow"))
+import book
 import execute
+import forecast
 
 
 def run_all(*words: str, **kwargs) -> subprocess.CompletedProcess:
@@ -58,6 +61,8 @@ def test_dry_run_names_the_jobs_and_runs_none(tmp_path):
     assert "would run rco/table3" in done.stdout
     assert "rco/table1" not in done.stdout
     assert not list(tmp_path.rglob("*.ipynb"))
+    for profile in ("smoke", "course", "paper"):  # what each costs
+        assert re.search(rf"^{profile} +\d", done.stdout, re.MULTILINE)
 
 
 def test_one_exhibit_runs_and_a_second_call_has_nothing_to_do(tmp_path):
@@ -142,3 +147,25 @@ def test_a_failed_notebook_is_kept_aside_and_never_accepted(tmp_path):
         execute.execute(notebook, output, {})
     assert not output.exists()
     assert "ZeroDivisionError" in json.dumps(nbformat.read(output.with_suffix(".failed.ipynb"), 4))
+
+
+def test_notebooks_ask_the_same_of_a_run():
+    """Where one asked for more checkpoints, it would make another's run train again."""
+    asked = {}
+    for profile in ("course", "paper"):
+        for notebook in book.notebooks():
+            pending = forecast.declared(notebook, profile=profile)
+            for run in pending:
+                asked.setdefault(run.id, set()).add((run.keep, run.route))
+                pending += {teacher.id: teacher for teacher, _ in run.parents}.values()
+    assert {run: wishes for run, wishes in asked.items() if len(wishes) > 1} == {}
+
+
+def test_a_thinner_route_costs_less(monkeypatch):
+    notebook = next(n for n in book.notebooks() if n.exhibit == "rco/table7")
+    whole = forecast.forecast(forecast.declared(notebook, profile="paper"))
+    monkeypatch.setenv("KDLIB_KEEP_ROUTE", "10")
+    thinned = forecast.forecast(forecast.declared(notebook, profile="paper"))
+    assert whole.route > 8 * thinned.route
+    assert whole.student_epochs == thinned.student_epochs
+    assert whole.banked < whole.live / 2

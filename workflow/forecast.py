@@ -69,7 +69,8 @@ class Forecast:
         students, teachers: how many runs.
         student_epochs, teacher_epochs: passes over the training images that train them.
         live, banked: passes of teachers that label, beside every student or with the label bank.
-        disk: bytes of weights kept, and of logits along routes.
+        route: bytes of the largest teacher's route, weights and logits.
+        disk: bytes of all weights kept, and of logits along routes.
     """
 
     students: int
@@ -78,16 +79,23 @@ class Forecast:
     teacher_epochs: int
     live: int
     banked: float
+    route: int
     disk: int
 
 
 def forecast(runs: Iterable[Run]) -> Forecast:
+    runs = list(runs)
     everything = ancestry(runs)
     labelling = {t.id for run in everything for t, _ in run.method.anchors(run.recipe.epochs)}
     teachers = [run for run in everything if run.id in labelling]
     students = [run for run in everything if run.id not in labelling]
     sweeps = label_sweeps(students).values()
     kept, routes = _kept(runs)
+    disk = {
+        run.id: len(kept[run.id] | {run.recipe.epochs}) * _bytes(run.model)
+        + (run.id in routes) * run.recipe.epochs * ROUTE_LOGITS
+        for run in everything
+    }
     return Forecast(
         students=len(students),
         teachers=len(teachers),
@@ -95,11 +103,8 @@ def forecast(runs: Iterable[Run]) -> Forecast:
         teacher_epochs=sum(run.recipe.epochs for run in teachers),
         live=sum(s.live for s in sweeps),
         banked=sum(s.banked for s in sweeps),
-        disk=sum(
-            len(kept[run.id] | {run.recipe.epochs}) * _bytes(run.model)
-            + (run.id in routes) * run.recipe.epochs * ROUTE_LOGITS
-            for run in everything
-        ),
+        route=max((disk[run] for run in routes), default=0),
+        disk=sum(disk.values()),
     )
 
 
@@ -126,7 +131,8 @@ def _bytes(model: str) -> int:
 
 def table(profiles: Iterable[str], data: dict | None = None) -> str:
     """One line per profile."""
-    heads = ("profile", "students", "epochs", "teachers", "epochs", "sweeps live", "banked", "disk")
+    heads = ("profile", "students", "epochs", "teachers", "epochs", "sweeps live", "banked")
+    heads += ("a route", "all on disk")
     rows = [heads]
     for profile in profiles:
         runs = [run for n in book.notebooks() for run in declared(n, profile=profile, data=data)]
@@ -139,7 +145,8 @@ def table(profiles: Iterable[str], data: dict | None = None) -> str:
             f.live,
             round(f.banked),
         )
-        rows.append((profile, *(f"{count:,}" for count in counts), f"{f.disk / 1e9:,.1f} GB"))
+        sizes = (f"{size / 1e9:,.1f} GB" for size in (f.route, f.disk))
+        rows.append((profile, *(f"{count:,}" for count in counts), *sizes))
     widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
     return "\n".join(
         "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in pairs)

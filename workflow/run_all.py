@@ -169,9 +169,9 @@ def dry_run(command: list[str], data: dict[str, str]) -> int:
     import forecast  # it imports what trains: seconds that no other call needs
 
     print(f"""
-What each profile trains if nothing is there yet: each run once, a search as four stages. An epoch
-is a pass over the training images. Sweeps are a teacher's passes to label them: live, with the
-teacher beside every student, and with the label bank.
+What each profile trains if nothing is there yet: each run once, a search as four stages (it may
+take eight). An epoch is a pass over the training images. Sweeps are a teacher's passes to label
+them: live, with the teacher beside every student, and with the label bank.
 
 {forecast.table(PROFILES, data)}
 
