@@ -506,3 +506,11 @@ def test_a_bar_is_drawn_where_it_is_asked_for(tiny, monkeypatch, capfd):
     monkeypatch.setenv("KDLIB_PROGRESS", "bar")
     train([tiny()])
     assert "2/2" in capfd.readouterr().err
+
+
+def test_a_run_that_loses_what_it_keeps_is_not_trained_for_ever(tiny, monkeypatch, epochs_trained):
+    monkeypatch.setattr(store, "save_weights", lambda *arguments: "nowhere")
+    run = tiny()
+    with pytest.raises(KdlibError, match=rf"{run} was trained, but .* not in {store.folder(run)}"):
+        train([run])
+    assert len(epochs_trained) == 2

@@ -29,7 +29,7 @@ from kdlib import KD, Recipe, Run, build_model, load_data, measure, store, train
 from kdlib.analysis import divergence_from_route
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import validation
-from kdlib.errors import StoreError
+from kdlib.errors import NotFinite, StoreError
 from kdlib.greedy import GreedySearch, anchors, divergences, stages
 from kdlib.methods.route import OneStage, hardness, multi_stage, next_anchor
 from kdlib.models import load_weights
@@ -745,3 +745,19 @@ def test_the_validation_images_are_those_the_published_results_were_made_with():
     """Fails where torch draws other numbers: raise ENGINE_VERSION then."""
     digest = hashlib.sha256(validation(50_000).numpy().tobytes()).hexdigest()
     assert digest[:16] == "b277d4d7cffefc31"
+
+
+def test_a_run_that_fails_stops_no_search_beside_it(tiny, search):
+    bad, searched = tiny(lr=1e30), search(delta=NEVER)
+    with pytest.raises(NotFinite, match=bad.id):
+        train([bad, searched])
+    stages_trained = store.find_record(multi_stage(searched.student, [1, 4])[-1])
+    assert stages_trained is not None
+
+
+def test_the_students_of_a_teacher_that_fails_are_not_trained(tiny, epochs_trained):
+    bad = tiny(lr=1e30)
+    good = tiny(seed=1)
+    with pytest.raises(NotFinite, match=bad.id):
+        train([tiny(method=KD(bad)), good])
+    assert {run for run, _ in epochs_trained} == {bad.id, good.id}

@@ -78,22 +78,34 @@ def train(
     torch.set_flush_denormal(True)
     keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
+    failures: dict[str, NotFinite] = {}
     while True:
-        _ensure(runs, device, lanes, weights)
-        following = {k: _following(s, runs[k], device, lanes) for k, s in searches.items()}
+        _ensure(runs, device, lanes, weights, failures)
+        searches = {k: s for k, s in searches.items() if runs[k].id not in failures}
+        following = {
+            k: _following(s, runs[k], device, lanes, failures) for k, s in searches.items()
+        }
         searches = {k: s for k, s in searches.items() if following[k]}
         if not searches:
-            return [store.find_record(run) for run in runs]
+            break
         for k in searches:
             runs[k] = following[k]
+    if failures:  # told when the others are done: one bad run does not hold them up
+        first, *others = dict.fromkeys(failures.values())
+        for other in others:
+            first.add_note(str(other))
+        raise first
+    return [store.find_record(run) for run in runs]
 
 
-def _following(search: Search, run: Run, device: torch.device, lanes: int) -> Run | None:
+def _following(
+    search: Search, run: Run, device: torch.device, lanes: int, failures: dict[str, NotFinite]
+) -> Run | None:
     trained = store.find_record(run)
     try:
         return search.following(trained)
     except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure([run, *search.looks_at(run)], device, lanes, weights=True)
+        _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
         return search.following(store.find_record(run))
 
 
@@ -106,18 +118,31 @@ def _merge(runs: Iterable[Run]) -> list[Run]:
     return list(merged.values())
 
 
-def _ensure(mentions: list[Run], device: torch.device, lanes: int, weights: bool) -> None:
-    """Train what is missing of these, teachers first. A run may be mentioned more than once, with
-    different wishes for what it and its teachers keep."""
+def _ensure(
+    mentions: list[Run],
+    device: torch.device,
+    lanes: int,
+    weights: bool,
+    failures: dict[str, NotFinite],
+) -> None:
+    """Train what is missing of these, teachers first.
+
+    A run may be mentioned more than once, with different wishes for what it and its teachers keep.
+    Runs that fail, and those that would learn from them, are added to ``failures`` by id.
+    """
     runs = _merge(mentions)
     if not (missing := {run.id for run in _incomplete(runs, weights)}):
         return
-    _ensure(_parents([m for m in mentions if m.id in missing]), device, lanes, weights=True)
-    missing = _incomplete(runs, weights)  # a teacher trained anew outdates all its students
+    parents = _parents([m for m in mentions if m.id in missing])
+    _ensure(parents, device, lanes, weights=True, failures=failures)
+    for run in runs:
+        if failed := [parent.id for parent, _ in run.parents if parent.id in failures]:
+            failures[run.id] = failures[failed[0]]
+    # looked for again, since a teacher trained anew outdates all its students
+    missing = [run for run in _incomplete(runs, weights) if run.id not in failures]
     sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
     BANKS.expect({teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live})
     progress = Progress(sum(run.recipe.epochs for run in missing))
-    failures: dict[str, NotFinite] = {}
     try:
         while missing:
             for data, images in {(run.data, run.images) for run in missing}:
@@ -126,11 +151,6 @@ def _ensure(mentions: list[Run], device: torch.device, lanes: int, weights: bool
             missing = [run for run in _incomplete(missing, weights) if run.id not in failures]
     finally:
         progress.close()
-    if failures:  # told when the others are done: one bad run does not hold them up
-        first, *others = failures.values()
-        for other in others:
-            first.add_note(str(other))
-        raise first
 
 
 def _parents(mentions: list[Run]) -> list[Run]:
@@ -174,14 +194,18 @@ def _complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     return known[key]
 
 
+def _is_kept(run: Run, trained: Trained) -> bool:
+    """Whether the store has all that the run is asked to keep."""
+    if not store.holds_weights(trained, {*run.keep, run.recipe.epochs}):
+        return False
+    return not run.route or store.holds_logits(trained)
+
+
 def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     trained = store.find_record(run)
     if trained is None:
         return False
-    needed = {*run.keep, run.recipe.epochs} if weights or store.kept_epochs(run) else set()
-    if not store.holds_weights(trained, needed):
-        return False
-    if run.route and needed and not store.holds_logits(trained):
+    if (weights or store.kept_epochs(run)) and not _is_kept(run, trained):
         return False
     for teacher, epochs in _by_run(run.parents).items():
         if (record := store.find_record(teacher)) is None:
@@ -196,6 +220,16 @@ def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
             )
             return False
     return True
+
+
+def _refuse_to_go_round(trained: list[Run]) -> None:
+    """Raise StoreError where a run that was just trained could only be trained again, and again."""
+    parents = _incomplete(_merge(_parents(trained)), weights=True)
+    for run in [*parents, *(run for run in trained if not _is_kept(run, store.find_record(run)))]:
+        raise StoreError(
+            f"{run} was trained, but what it is to keep is not in {store.folder(run)}: somebody "
+            f"removed it, or kdlib is at fault. Calling again makes it anew."
+        )
 
 
 def _train_some(
@@ -234,7 +268,8 @@ def _train_some(
             time.sleep(0.2)
             return lanes
         try:
-            failures |= _run_lanes(mine, device, progress)
+            failures.update(_run_lanes(mine, device, progress))
+            _refuse_to_go_round([run for run in mine if run.id not in failures])
             return lanes
         except torch.OutOfMemoryError:
             if lanes == 1:
