@@ -52,7 +52,7 @@ class GreedySearch:
         anchor = trained.run.method.anchor
         if anchor == self._last:
             return None
-        if len(stages(trained)) >= self.most - 1:
+        if len(anchors(trained)) >= self.most - 1:
             return following(self.student, trained.run, self._last)
         table = measure(trained, analysis.divergence_from_route)
         divergence = dict(zip(table.epoch, table.kl, strict=True))

@@ -297,16 +297,18 @@ def holds_weights(trained: Trained, epochs: Iterable[int]) -> bool:
 
 def kept_epochs(run: Run) -> tuple[int, ...]:
     """The checkpoints that the run's record in the store tells of."""
-    if not (folder(run) / "record.jsonl").exists() or (trained := find_record(run)) is None:
-        return ()
-    return tuple(map(int, trained.closing["weights"]))
+    trained = _stored(run)
+    return tuple(map(int, trained.closing["weights"])) if trained else ()
 
 
 def kept_logits(run: Run) -> bool:
     """Whether the run's record in the store tells of logits along its route."""
-    if not (folder(run) / "record.jsonl").exists() or (trained := find_record(run)) is None:
-        return False
-    return bool(trained.closing.get("logits"))
+    trained = _stored(run)
+    return bool(trained and trained.closing.get("logits"))
+
+
+def _stored(run: Run) -> Trained | None:
+    return find_record(run) if (folder(run) / "record.jsonl").exists() else None
 
 
 # --- measurements ---------------------------------------------------------------------------------

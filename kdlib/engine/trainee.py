@@ -97,10 +97,7 @@ class Trainee:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what ``tensors`` gave. Raises ValueError where it does not fit."""
-        weights, momentum = (
-            {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)}
-            for p in ("networks.", "momentum.")
-        )
+        weights, momentum = (store.within(tensors, p) for p in ("networks.", "momentum."))
         parameters = dict(self.networks.named_parameters())
         if not momentum.keys() <= parameters.keys():
             raise ValueError("The momentum does not fit the networks.")
