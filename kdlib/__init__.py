@@ -7,12 +7,16 @@ from kdlib.errors import KdlibError
 from kdlib.greedy import GreedySearch
 from kdlib.methods import (
     KD,
+    STC,
+    AttentionTransfer,
     CrossEntropy,
+    FactorTransfer,
     Hint,
     MutualLearning,
     OneStage,
     RocketLaunching,
     multi_stage,
+    paraphrase,
 )
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
@@ -21,7 +25,10 @@ from kdlib.store import Trained, measure
 __version__ = "0.1.0"
 __all__ = [
     "KD",
+    "STC",
+    "AttentionTransfer",
     "CrossEntropy",
+    "FactorTransfer",
     "GreedySearch",
     "Hint",
     "KdlibError",
@@ -37,5 +44,6 @@ __all__ = [
     "losses",
     "measure",
     "multi_stage",
+    "paraphrase",
     "train",
 ]

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from kdlib import losses, store
 from kdlib.data import Images, load_data
-from kdlib.engine.device import pick_device
+from kdlib.engine.device import InFloat32, pick_device
 from kdlib.engine.plan import mix, validation
+from kdlib.engine.trainee import trained_networks
 from kdlib.errors import StoreError
+from kdlib.methods import Step
 from kdlib.models import build_model
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -105,6 +107,63 @@ def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
     for i in range(len(several)):
         rows += [(i, j, cosines[i, j].item()) for j in range(i + 1, len(several))]
     return pd.DataFrame(rows, columns=["first", "second", "cosine"])
+
+
+def gradient_cosines(
+    trained: Trained, first: str, second: str, epochs: list[int], count: int = 512
+) -> pd.DataFrame:
+    """How two terms of a run's loss agree: columns epoch, stage, cosine, ratio.
+
+    The cosine between their gradients with respect to a stage's weights, and the norm of the first
+    over that of the second. Stage 0 is the stem; stages that a term does not reach are left out.
+    Each on one batch, the first ``count`` training images as they are, batch norm as in training.
+
+    Args:
+        first, second: terms of the method, such as ``stc`` and ``ce``.
+        epochs: after which; 0 is the random start. Their weights must have been kept.
+    """
+    images = _training_images(trained.run)
+    rows = []
+    for epoch in epochs:
+        networks = trained_networks(trained.run, epoch, images).train().requires_grad_(True)
+        _, terms = trained.run.method.loss(_step(trained.run, networks, images.first(count)))
+        for stage, part in enumerate([networks["student"].stem, *networks["student"].body]):
+            one, other = (_gradient(terms[name], part) for name in (first, second))
+            if one.any() and other.any():
+                cosine = F.cosine_similarity(one, other, dim=0).item()
+                rows.append((epoch, stage, cosine, (one.norm() / other.norm()).item()))
+    return pd.DataFrame(rows, columns=["epoch", "stage", "cosine", "ratio"])
+
+
+def _gradient(term: Tensor, part: nn.Module) -> Tensor:
+    """Of a term with respect to a part's weights, as one float64 vector; 0 beyond its reach."""
+    weights = list(part.parameters())
+    gradients = torch.autograd.grad(
+        term, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([gradient.flatten() for gradient in gradients]).double()
+
+
+def _step(run: Run, networks: nn.ModuleDict, images: Images) -> Step:
+    """All of some images as one batch, as the loss of a run's last epoch reads it."""
+    x = images.batch(torch.arange(len(images), device=images.device))
+    teacher = targets = None
+    if anchor := run.method.labeller(run.recipe.epochs - 1):
+        teacher = _record(anchor[0]).model(anchor[1]).to(images.device)
+        with torch.no_grad():
+            targets = teacher(x)
+    lent = {
+        name: trained_networks(lender, lender.recipe.epochs, images)[name]
+        for name, lender in run.method.frozen().items()
+    }
+
+    def called(network: nn.Module) -> InFloat32:
+        return InFloat32(network, images.device, torch.float32)
+
+    own = {name: called(network) for name, network in networks.items()}
+    student, teacher = own.pop("student"), teacher and called(teacher)
+    frozen = {name: called(part) for name, part in lent.items()}
+    return Step(x, images.labels, targets, student, teacher, own, frozen)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
 # Exhibits of the book itself: nothing is published to compare them with.
-OWN = ("book/start_here",)
+OWN = ("book/start_here", "stc/cut")
 PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "matplotlib", "scipy")
 
 
@@ -91,9 +91,10 @@ class Exhibit:
     # --- showing ----------------------------------------------------------------------------------
 
     def long_table(self) -> pd.DataFrame:
-        """Every cell in a row: the paper's value, our mean, spread, 95 % interval and n."""
+        """Every cell in a row: the paper's value, our mean, spread, 95 % interval and n, and
+        whether ours was counted instead of trained."""
         paper = paper_cells(self.name)
-        units = published()[published().exhibit == self.name].set_index(["row", "column"]).unit
+        units = published()[published().exhibit == self.name].groupby("column").unit.first()
         rows = []
         for row, column in dict.fromkeys([*paper, *self.cells]):
             values = np.array(list(self.cells.get((row, column), {}).values()))
@@ -102,13 +103,14 @@ class Exhibit:
                 {
                     "row": row,
                     "column": column,
-                    "unit": units.get((row, column), ""),
+                    "unit": units.get(column, ""),
                     "paper": paper.get((row, column), {}).get(None, np.nan),
                     "ours": values.mean() if len(values) else np.nan,
                     "spread": values.std(ddof=1) if len(values) > 1 else np.nan,
                     "low": low,
                     "high": high,
                     "n": len(values),
+                    "counted": None in self.cells.get((row, column), {}),
                 }
             )
         return pd.DataFrame(rows)
@@ -126,6 +128,21 @@ class Exhibit:
             if cell.n:
                 wide.setdefault((head, self._ours), {})[cell.row] = _measured(cell)
         return pd.DataFrame(wide, index=list(dict.fromkeys(long.row))).fillna("–")
+
+    def gains(self, over: str) -> pd.DataFrame:
+        """How far every cell lies below that of the column ``over`` in its row, as errors gain.
+
+        Columns: row, column, paper, ours, low, high; ours is the mean over seeds of differences
+        within a seed, with its 95 % interval.
+        """
+        paper, rows = paper_cells(self.name), []
+        for row, column in dict.fromkeys([*paper, *self.cells]):
+            base, cell = (self.cells.get((row, c), {}) for c in (over, column))
+            ours = np.array([base[seed] - cell[seed] for seed in base.keys() & cell.keys()])
+            base, cell = (paper.get((row, c), {}).get(None, np.nan) for c in (over, column))
+            mean = ours.mean() if len(ours) else np.nan
+            rows.append((row, column, base - cell, mean, *interval(ours)))
+        return pd.DataFrame(rows, columns=["row", "column", "paper", "ours", "low", "high"])
 
     @property
     def _ours(self) -> str:
@@ -259,8 +276,10 @@ def _number(value: float) -> str:
 
 def _measured(cell) -> str:
     """Ours as text: a count as it is, a measured mean ± spread over seeds and how many."""
-    if cell.n == 1 and np.isnan(cell.spread):
+    if cell.counted:
         return _number(cell.ours) if cell.ours == int(cell.ours) else f"{cell.ours:.5g}"
+    if cell.n == 1:
+        return f"{cell.ours:.2f} (1)"
     return f"{cell.ours:.2f} ± {cell.spread:.2f} ({cell.n})"
 
 

@@ -17,6 +17,13 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Te
     return temperature**2 * kl
 
 
+def imitation(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T²·CE(softmax(z_t/T), softmax(z/T)): ``kd`` plus what no student can change, T² times the
+    teacher's entropy (STC's L_STC; T = 1 unless the target is soft)."""
+    target = F.softmax(teacher_logits.detach() / temperature, dim=1)
+    return temperature**2 * F.cross_entropy(logits / temperature, target)
+
+
 def hint(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Mean squared error of two equally shaped features (FitNet, Romero et al. 2015)."""
     return F.mse_loss(student_feature, teacher_feature.detach())

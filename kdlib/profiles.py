@@ -11,16 +11,21 @@ import pandas as pd
 
 from kdlib.data import canonical_name, label
 from kdlib.errors import UnknownName
-from kdlib.methods import KD, CrossEntropy, Method
+from kdlib.methods import KD, STC, CrossEntropy, Method
 from kdlib.runs import Recipe, Run
 
 # The paper's epochs that RCO's teachers keep however thin a route is made. All its fixed anchors
 # but those of M_gap = 1, 2 and 4 are among them.
 RCO_ROUTE = tuple(range(10, 250, 10))
 
-# Runs that RCO's Figure 5 follows from epoch to epoch. Other notebooks ask for them, too: all must
-# ask for the same checkpoints, or one makes the other's runs train again.
-RCO_WAYS = {("mobilenetv2-t4-w0.35", kind) for kind in (CrossEntropy, KD)}
+# Students that a figure follows along their training, and the paper's epochs that they keep. Other
+# notebooks ask for them, too: all must ask for the same checkpoints, or one makes the other's runs
+# train again.
+FOLLOWED = {
+    ("mobilenetv2-t4-w0.35", CrossEntropy): range(1, 241),  # RCO's Figure 5
+    ("mobilenetv2-t4-w0.35", KD): range(1, 241),
+    ("resnet20", STC): range(25, 501, 25),  # where to cut
+}
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,9 @@ class Profile:
             route: of a teacher whose route is learned from: keep ``route(recipe)`` and what tells
                 how far a student is from every epoch.
         """
-        kept = (*map(self.epochs, keep), *(self.route(recipe) if route else ()))
-        if (model, type(method)) in RCO_WAYS:
-            kept = range(1, recipe.epochs + 1)
+        followed = map(self.epochs, FOLLOWED.get((model, type(method)), ()))
+        kept = {*map(self.epochs, keep), *(e for e in followed if e <= recipe.epochs)}
+        kept |= {*self.route(recipe)} if route else set()
         return Run(
             data=self.dataset(data),
             model=self.model(model),
@@ -130,8 +135,10 @@ class Profile:
             route=route,
         )
 
-    def settings(self, **paper) -> pd.DataFrame:
+    def settings(self, grid: bool = False, **paper) -> pd.DataFrame:
         """A table of the paper's settings beside this profile's.
+
+        ``grid`` tells of the seeds of a grid of networks.
 
         Keys name the quantity, values are the paper's: a data set or network by name, a number of
         epochs or several as ``range`` of numbers in a key that ends in ``epochs``.
@@ -147,7 +154,8 @@ class Profile:
             else:
                 here = self.model(value)
             rows.append((key.replace("_", " "), value, here))
-        rows.append(("seeds", "not stated", len(self.seeds)))
+        seeds = self.grid_seeds if grid else self.seeds
+        rows.append(("seeds", "not stated", len(seeds)))
         most = f"at most {self.images}" if self.images else "all"
         rows.append(("training images", "all", most))
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
@@ -161,6 +169,19 @@ SMALL_STUDENTS = {
     for width in (0.35, 0.5, 0.75, 1.0)
 }
 
+# STC's pairs at half of their widths and fewer layers, or an eighth where they are four times as
+# wide: they fit each other where those of the paper do.
+SMALL_PAIRS = {
+    "resnet20": "resnet8-x0.5",
+    "resnet56": "resnet14-x0.5",
+    "resnet110": "resnet20-x0.5",
+    "wrn-16-1": "wrn-10-1-x0.5",
+    "wrn-16-2": "wrn-10-2-x0.5",
+    "wrn-40-1": "wrn-16-1-x0.5",
+    "wrn-46-4": "wrn-16-4-x0.125",
+    "vgg13": "vgg13-x0.125",
+}
+
 PROFILES = {
     "smoke": Profile(
         name="smoke",
@@ -168,7 +189,7 @@ PROFILES = {
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models={"resnet50": "resnet14", **SMALL_STUDENTS},
+        models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS},
         images=1000,
         axis=2,
         evidence=False,

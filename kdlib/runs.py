@@ -96,10 +96,16 @@ class Run:
         return describe(self)
 
     @property
+    def teachers(self) -> list[Anchor]:
+        """The checkpoints that label this run, and those whose parts its method uses."""
+        lent = {(run, run.recipe.epochs) for run in self.method.frozen().values()}
+        return [*self.method.anchors(self.recipe.epochs), *lent]
+
+    @property
     def parents(self) -> list[Anchor]:
-        """The checkpoints that label this run, and the one that it starts from."""
+        """Its teachers, and the checkpoint that it starts from."""
         first = [(self.start, self.start.recipe.epochs)] if self.start else []
-        return [*first, *self.method.anchors(self.recipe.epochs)]
+        return [*first, *self.teachers]
 
     @property
     def epochs_before(self) -> int:

@@ -212,8 +212,9 @@ class Trained:
 
     @property
     def final(self) -> dict:
-        """The last epoch's row."""
-        return self.log.iloc[-1].to_dict()
+        """The last epoch's row, and its ``test_error`` in %."""
+        row = self.log.iloc[-1].to_dict()
+        return row | {"test_error": 100 - row["test_top1"]}
 
     def model(self, epoch: int | None = None) -> Staged:
         """The network after ``epoch`` epochs (None: at the end), in eval mode, on the CPU.

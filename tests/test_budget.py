@@ -125,7 +125,7 @@ def test_a_teacher_of_one_epoch_is_not_remembered_and_no_number_changes(
 ):
     run = tiny(epochs=3, method=OneStage(KD(tiny(epochs=3)), gap=1))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "WORTH", 2.0)  # then nothing is passing
+        patch.setattr(train_module, "WORTH", -1.0)  # then nothing is passing
         seen = []
         clear = BANKS.clear
         patch.setattr(BANKS, "clear", lambda: (seen.extend(train_banks()), clear()))

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdlib import build_model, load_data, store, train
-from kdlib.engine.lane import InFloat32, Lane
+from kdlib.engine.device import InFloat32
+from kdlib.engine.lane import Lane
 from kdlib.engine.plan import mix
 from kdlib.engine.teachers import Teachers
 from kdlib.methods import Hint, Step
@@ -33,7 +34,7 @@ def step_of(student, teacher, method, size=32):
     parts = method.parts(*networks, x)
     wrapped = [InFloat32(network, CPU, torch.float32) for network in networks]
     parts = {name: InFloat32(part, CPU, torch.float32) for name, part in parts.items()}
-    return Step(x, labels, None, *wrapped, parts), networks
+    return Step(x, labels, None, *wrapped, parts, frozen={}), networks
 
 
 def pooled(feature, size):

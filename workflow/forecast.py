@@ -86,7 +86,7 @@ class Forecast:
 def forecast(runs: Iterable[Run]) -> Forecast:
     runs = list(runs)
     everything = ancestry(runs)
-    labelling = {t.id for run in everything for t, _ in run.method.anchors(run.recipe.epochs)}
+    labelling = {t.id for run in everything for t, _ in run.teachers}
     teachers = [run for run in everything if run.id in labelling]
     students = [run for run in everything if run.id not in labelling]
     sweeps = label_sweeps(students).values()

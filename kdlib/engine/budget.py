@@ -16,10 +16,16 @@ class Sweeps:
     Attributes:
         live: with a teacher that runs beside every student in every epoch.
         banked: the expected number where labels of one image and view are computed once.
+        features: those among both that a method makes for the teacher's features; no bank has them.
     """
 
     live: int
     banked: float
+    features: int
+
+    def worth(self, share: float) -> bool:
+        """Whether a bank saves at least so much of the passes for labels."""
+        return self.banked - self.features <= (1 - share) * (self.live - self.features)
 
 
 def label_sweeps(runs: Iterable[Run]) -> dict[Anchor, Sweeps]:
@@ -29,21 +35,22 @@ def label_sweeps(runs: Iterable[Run]) -> dict[Anchor, Sweeps]:
     seen; epochs of one plan, that is of one seed and number, see the same ones.
     """
     live: dict[Anchor, int] = Counter()
-    banked: dict[Anchor, float] = Counter()
+    features: dict[Anchor, int] = Counter()
     plans: dict[tuple, set] = defaultdict(set)
     for run in runs:
         for epoch in range(run.recipe.epochs):
             if (anchor := run.method.labeller(epoch)) is None:
                 continue
             live[anchor] += 1
-            if run.method.live:
-                banked[anchor] += 1  # features are never banked
-            if run.method.labelled:
+            if not run.method.labelled:
+                features[anchor] += 1
+            else:
                 plans[anchor, run.data, run.images].add((run.seed, run.epochs_before + epoch))
+    banked: dict[Anchor, float] = Counter(features)
     for (anchor, data, _), different in plans.items():
         views = count_views(data)
         banked[anchor] += views * (1 - (1 - 1 / views) ** len(different))
-    return {anchor: Sweeps(live[anchor], banked[anchor]) for anchor in live}
+    return {a: Sweeps(live[a], banked[a], features[a]) for a in live}
 
 
 def ancestry(runs: Iterable[Run]) -> list[Run]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdlib import losses, store
 from kdlib.data import Images
 from kdlib.engine.bank import Shelf
-from kdlib.engine.device import InFloat32, environment
+from kdlib.engine.device import environment
 from kdlib.engine.plan import epoch_batches, validation
 from kdlib.engine.teachers import Teachers
 from kdlib.engine.trainee import Trainee
@@ -46,7 +46,11 @@ class Lane:
         self.teachers = Teachers(run, banks)
         if run.method.live:
             self.teachers.enliven(0, self.device)
+        self.teachers.borrow(train)
         self.trainee = Trainee(run, train, self.teachers.live)
+        # Fixed addresses: teachers change in place.
+        self.teacher = self.teachers.live and self.trainee.called(self.teachers.live)
+        self.frozen = {n: self.trainee.called(part) for n, part in self.teachers.frozen.items()}
         steps = -(-len(train) // run.recipe.batch)
         shape = (steps, run.recipe.batch)
         self.index = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -116,8 +120,9 @@ class Lane:
                 labels=labels,
                 targets=self.targets.index_select(0, self.cursor)[0] if self.labelled else None,
                 student=self.trainee.student,
-                teacher=self._live_teacher(),
+                teacher=self.teacher,
                 parts=self.trainee.parts,
+                frozen=self.frozen,
             )
         )
         self.trainee.update(terms["loss"])
@@ -127,10 +132,6 @@ class Lane:
             if name not in self.meter:
                 self.meter[name] = torch.zeros((), device=self.device)
             self.meter[name] += term.detach()
-
-    def _live_teacher(self) -> InFloat32 | None:
-        live = self.teachers.live
-        return live and InFloat32(live, self.device, self.trainee.dtype)
 
     def end_epoch(self) -> dict:
         """Read the meters once, evaluate, keep what is to be kept, and return the epoch's row."""
@@ -184,7 +185,9 @@ class Lane:
         """On the test set: accuracy in %, mean cross-entropy, mean KL to this epoch's teacher."""
         self.trainee.networks.eval()
         bank = self.teachers.bank(self.epoch, self.test)
+        student, parts = self.trainee.student, self.trainee.parts
         whole = self.trainee.whole_networks()
+        whole |= self.run.method.joined(student, self.teacher, parts)
         sums = torch.zeros(len(whole), 3, device=self.device)
         for index in torch.arange(len(self.test), device=self.device).split(
             EVAL_CHUNK[self.device.type]

@@ -1,10 +1,12 @@
 """Teachers: the checkpoints one run learns from, each told in its record by fingerprint."""
 
 import torch
+from torch import nn
 
 from kdlib import store
 from kdlib.data import Images
 from kdlib.engine.bank import LabelBank, Shelf
+from kdlib.engine.trainee import trained_networks
 from kdlib.errors import StoreError
 from kdlib.models import Staged, load_weights
 from kdlib.runs import Run
@@ -20,12 +22,14 @@ class Teachers:
     Attributes:
         noted: fingerprints by ``id@epoch``.
         live: the labeller itself, for a method that is ``live``; its weights change in place.
+        frozen: the parts of other runs that the method uses.
     """
 
     def __init__(self, run: Run, banks: Shelf):
         self.run, self.banks = run, banks
         self.noted: dict[str, str] = {}
         self.live: Staged | None = None
+        self.frozen: dict[str, nn.Module] = {}
         self._living: str | None = None
         if run.start:
             self.note(run.start, run.start.recipe.epochs)
@@ -62,6 +66,14 @@ class Teachers:
 
         key = (known, self.run.data, images.split, len(images), str(images.device))
         return self.banks.get(key, make)
+
+    def borrow(self, images: Images) -> None:
+        """Load ``frozen``; ``images`` are those that the run learns from."""
+        for name, lender in self.run.method.frozen().items():
+            epoch = lender.recipe.epochs
+            self.note(lender, epoch)
+            part = trained_networks(lender, epoch, images)[name]
+            self.frozen[name] = part.to(memory_format=torch.channels_last)
 
     def enliven(self, epoch: int, device: torch.device) -> None:
         """Make ``live`` the labeller of the run's ``epoch``, at the address it has."""

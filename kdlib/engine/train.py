@@ -27,8 +27,8 @@ from kdlib.store import Trained
 # On a GPU a step of one small network leaves most of it idle; on a CPU it does not.
 GPU_LANES = 8
 BANKS = Shelf()
-# A bank is kept where it saves at least a tenth of its teacher's sweeps.
-WORTH = 0.9
+# A bank is kept where it saves at least this share of its teacher's passes for labels.
+WORTH = 0.1
 
 
 class Search(Protocol):
@@ -141,7 +141,7 @@ def _ensure(
     # looked for again, since a teacher trained anew outdates all its students
     missing = [run for run in _incomplete(runs, weights) if run.id not in failures]
     sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
-    BANKS.expect({teacher for teacher, s in sweeps.items() if s.banked > WORTH * s.live})
+    BANKS.expect({teacher for teacher, s in sweeps.items() if not s.worth(WORTH)})
     progress = Progress(sum(run.recipe.epochs for run in missing))
     try:
         while missing:

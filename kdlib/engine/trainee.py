@@ -28,10 +28,11 @@ class Trainee:
 
     def __init__(self, run: Run, images: Images, teacher: Staged | None):
         self.device, self.dtype = images.device, training_dtype(images.device)
-        self.networks = _build(run, images, teacher)
-        called = {
-            name: InFloat32(net, self.device, self.dtype) for name, net in self.networks.items()
-        }
+        self.networks = build_networks(run, images, teacher)
+        if run.start:
+            self._begin_from(run.start)
+        self.networks.to(self.device, memory_format=torch.channels_last)
+        called = {name: self.called(net) for name, net in self.networks.items()}
         self.student, self.parts = called.pop("student"), called
         own = {name: r for name, r in run.method.recipes().items() if name in self.networks}
         self.recipes = {"student": run.recipe, **own}
@@ -41,6 +42,10 @@ class Trainee:
         }
         self.optimizers = {name: self._optimizer(name, r) for name, r in self.recipes.items()}
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
+
+    def called(self, network: nn.Module) -> InFloat32:
+        """A network as losses call it, at the precision of this training."""
+        return InFloat32(network, self.device, self.dtype)
 
     def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
         if name == "student":
@@ -56,6 +61,13 @@ class Trainee:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+
+    def _begin_from(self, start: Run) -> None:
+        """Its weights, and those of the parts that its method has, too."""
+        saved = store.load_networks(start, start.recipe.epochs)
+        for name, network in self.networks.items():
+            if own := store.within(saved, f"{name}."):
+                load_weights(network, own)
 
     def set_rates(self, epoch: int) -> None:
         for name, recipe in self.recipes.items():
@@ -124,18 +136,33 @@ class Trainee:
             self.scaler.load_state_dict(scaling)
 
 
-def _build(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
-    """The student, as its run starts, and what its method trains along."""
+def build_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
+    """A run's ``student`` and what its method trains along, at their random start.
+
+    Args:
+        images: those it learns from.
+        teacher: the labeller, for a method that is ``live``; only its shapes matter.
+    """
     weights = mix("weights", run.seed)
     student = build_model(run.model, images.classes, images.channels, weights).to(images.device)
     x = images.batch(torch.arange(2, device=images.device))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(mix("parts", run.seed))
         parts = run.method.parts(student.eval(), teacher, x)
-    networks = nn.ModuleDict({"student": student, **parts})
-    if run.start:  # parts of another method stay as they are
-        saved = store.load_networks(run.start, run.start.recipe.epochs)
-        for name, network in networks.items():
-            if own := store.within(saved, f"{name}."):
-                load_weights(network, own)
-    return networks.to(images.device, memory_format=torch.channels_last)
+    return nn.ModuleDict({"student": student, **parts}).to(images.device)
+
+
+def trained_networks(run: Run, epoch: int, images: Images) -> nn.ModuleDict:
+    """A run's ``student`` and parts after ``epoch`` epochs, 0 being their random start.
+
+    In eval mode and frozen. Raises StoreError where the store has no such weights.
+    """
+    teacher = None
+    if run.method.live:
+        labeller, _ = run.method.labeller(0)
+        teacher = build_model(labeller.model, images.classes, images.channels, seed=0)
+        teacher = teacher.to(images.device).eval()
+    networks = build_networks(run, images, teacher)
+    if epoch:
+        load_weights(networks, store.load_networks(run, epoch))
+    return networks.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +33,7 @@ class Step(NamedTuple):
         student: the network to train.
         teacher: the labeller itself, frozen, for a method that is ``live``; else None.
         parts: what else the method trains, by name.
+        frozen: parts that other runs trained, by name, in eval mode.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Step(NamedTuple):
     student: InFloat32
     teacher: InFloat32 | None
     parts: Mapping[str, InFloat32]
+    frozen: Mapping[str, InFloat32]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,19 @@ class Method:
 
     def recipes(self) -> dict[str, Recipe]:
         """Parts that learn at a rate and schedule of their own; others share the student's."""
+        return {}
+
+    def frozen(self) -> dict[str, Run]:
+        """Parts that this method uses as another run has trained them: their names, that run."""
+        return {}
+
+    def joined(
+        self, student: InFloat32, teacher: InFloat32 | None, parts: Mapping[str, InFloat32]
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Classifiers joined of these networks, from images to logits, by name.
+
+        They are tested after each epoch, as the student is.
+        """
         return {}
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -120,20 +135,49 @@ class FromTeacher(Method):
 
 
 @dataclass(frozen=True)
-class KD(FromTeacher):
+class OnLogits(FromTeacher):
+    """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) on the student's own logits.
+
+    A method that looks at features adds its term to it, and so works with KD and without.
+
+    Attributes:
+        ce_weight, kd_weight: 0.1 and 0.9 are usual for "+KD".
+        temperature: T.
+    """
+
+    ce_weight: float = 1.0
+    kd_weight: float = 0.0
+    temperature: float = 4.0
+
+    @property
+    def labelled(self):
+        return self.kd_weight != 0
+
+    def on_logits(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, Tensor]:
+        """The terms ``ce``, ``kd`` where it has a weight, and ``loss``, their weighted sum.
+
+        ``taught`` are the teacher's logits, read only where ``kd`` has a weight.
+        """
+        terms = {"ce": F.cross_entropy(logits, labels)}
+        loss = self.ce_weight * terms["ce"]
+        if self.kd_weight:
+            terms["kd"] = losses.kd(logits, taught, self.temperature)
+            loss = loss + self.kd_weight * terms["kd"]
+        return {"loss": loss, **terms}
+
+
+@dataclass(frozen=True)
+class KD(OnLogits):
     """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) (Hinton et al. 2015; RCO Eq. 1).
 
     Attributes:
-        temperature: T, RCO's τ = 5 by default.
         ce_weight, kd_weight: RCO's λ is not printed; both are 1 by default (docs/decisions.md).
+        temperature: T, RCO's τ = 5 by default.
     """
 
-    temperature: float = 5.0
-    ce_weight: float = 1.0
     kd_weight: float = 1.0
+    temperature: float = 5.0
 
     def loss(self, step):
         logits = step.student(step.x)
-        ce = F.cross_entropy(logits, step.labels)
-        kd = losses.kd(logits, step.targets, self.temperature)
-        return logits, {"loss": self.ce_weight * ce + self.kd_weight * kd, "ce": ce, "kd": kd}
+        return logits, self.on_logits(logits, step.labels, step.targets)

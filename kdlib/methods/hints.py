@@ -1,19 +1,46 @@
-"""Learn from a teacher's features."""
+"""Learn from a teacher's features: FitNet's hints, attention maps (AT), factors (FT)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import FromTeacher
+from kdlib.methods.distill import FromTeacher, OnLogits, Step
+
+if TYPE_CHECKING:
+    from kdlib.runs import Recipe, Run
 
 
 @dataclass(frozen=True)
-class Hint(FromTeacher):
-    """ce_weight·CE + hint_weight·mean (f_s - f_t)² of the last stages' features (RCO Eq. 2).
+class OnFeatures(OnLogits):
+    """Adds a weighted term of the stages' features. The teacher runs beside the student, and gives
+    its logits as well."""
+
+    labelled = False
+    live = True
+
+    def term(
+        self, ours: list[Tensor], theirs: list[Tensor], step: Step
+    ) -> tuple[str, float, Tensor]:
+        """Name, weight and value of the term, given every stage's feature of both networks."""
+        raise NotImplementedError
+
+    def loss(self, step):
+        ours, theirs = step.student.stages(step.x), step.teacher.stages(step.x)
+        logits = step.student.head(ours[-1])
+        terms = self.on_logits(logits, step.labels, step.teacher.head(theirs[-1]))
+        name, weight, term = self.term(ours, theirs, step)
+        return logits, {**terms, "loss": terms["loss"] + weight * term, name: term}
+
+
+@dataclass(frozen=True)
+class Hint(OnFeatures):
+    """hint_weight·mean (f_s - f_t)² of the last stages' features (RCO Eq. 2).
 
     Eq. 2 up to a constant: its sum over a feature's elements is a mean here, so that the weight
     means the same for every network. The larger map is average-pooled to the smaller; where
@@ -21,25 +48,121 @@ class Hint(FromTeacher):
     student's to the teacher's.
     """
 
-    ce_weight: float = 1.0
     hint_weight: float = 1.0
-    labelled = False
-    live = True
 
     def parts(self, student, teacher, x):
         ours, theirs = (network.stages(x)[-1].shape[1] for network in (student, teacher))
         return {} if ours == theirs else {"adapter": nn.Conv2d(ours, theirs, kernel_size=1)}
 
+    def term(self, ours, theirs, step):
+        adapter = step.parts.get("adapter", nn.Identity())
+        return "hint", self.hint_weight, losses.hint(*_to_one_size(adapter(ours[-1]), theirs[-1]))
+
+
+@dataclass(frozen=True)
+class AttentionTransfer(OnFeatures):
+    """AT: attention_weight·Σ over stages of mean (q_s - q_t)² (Zagoruyko & Komodakis 2017).
+
+    q is an image's map of mean squared activations, L2-normalised. Stages pair by their number, as
+    many as both networks have; the larger map is average-pooled to the smaller.
+
+    Attributes:
+        attention_weight: β, 1,000 in the authors' code for images of 32x32. For others it is
+            multiplied by their pixels over 1,024: a mean over fewer positions of normalised maps
+            is larger by so much.
+    """
+
+    attention_weight: float = 1000.0
+
+    def term(self, ours, theirs, step):
+        pairs = zip(ours, theirs, strict=False)
+        attention = sum(losses.attention(*_to_one_size(*pair)) for pair in pairs)
+        return "attention", self.attention_weight * step.x[0, 0].numel() / 1024, attention
+
+
+@dataclass(frozen=True)
+class Paraphrase(FromTeacher):
+    """FT's first step: an autoencoder of the teacher's last features, by L1 (Kim et al. 2018).
+
+    It learns beside a network that nothing moves; ``paraphrase`` makes that the teacher itself. The
+    encoder, the paper's paraphraser, gives the teacher's factor. Three convolutions each way, leaky
+    ReLU, no batch norm, as in the authors' code.
+
+    Attributes:
+        rate: k, the factor's channels over the feature's.
+    """
+
+    rate: float = 0.5
+    labelled = False
+    live = True
+
+    def parts(self, student, teacher, x):
+        channels = teacher.stages(x)[-1].shape[1]
+        widths = (channels, channels, *[max(1, round(self.rate * channels))] * 2)
+        decoder = _leaky(nn.ConvTranspose2d, reversed(widths))
+        return {"encoder": _leaky(nn.Conv2d, widths), "decoder": decoder}
+
     def loss(self, step):
-        *_, feature = step.student.stages(step.x)
-        *_, taught = step.teacher.stages(step.x)
-        logits = step.student.head(feature)
-        if adapter := step.parts.get("adapter"):
-            feature = adapter(feature)
-        hint = losses.hint(*_to_one_size(feature, taught))
-        ce = F.cross_entropy(logits, step.labels)
-        loss = self.ce_weight * ce + self.hint_weight * hint
-        return logits, {"loss": loss, "ce": ce, "hint": hint}
+        *_, feature = step.teacher.stages(step.x)
+        restored = step.parts["decoder"](step.parts["encoder"](feature))
+        reconstruction = F.l1_loss(restored, feature)
+        return step.teacher.head(feature), {"loss": reconstruction}
+
+
+def paraphrase(teacher: Run, recipe: Recipe, rate: float = 0.5) -> Run:
+    """The run that trains the paraphraser of a teacher, whose own weights it leaves alone."""
+    method = Paraphrase(teacher, rate=rate)
+    return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), route=False)
+
+
+@dataclass(frozen=True)
+class FactorTransfer(OnFeatures):
+    """FT: factor_weight·mean |f_s - f_t| of factors, each L2-normalised (Kim et al. 2018).
+
+    The teacher's factor is the paraphraser's, of its last stage; the student's comes from the stage
+    of the same number, or its last, by a translator: three convolutions that are trained along and
+    dropped at inference.
+
+    Attributes:
+        paraphraser: made by ``paraphrase``.
+        factor_weight: β, 500 in the authors' code.
+
+    Raises ValueError where the paraphraser is not one of this teacher.
+    """
+
+    paraphraser: Run = field(kw_only=True)
+    factor_weight: float = 500.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        method = self.paraphraser.method
+        if not isinstance(method, Paraphrase) or method.teacher != self.teacher:
+            raise ValueError(
+                f"{self.paraphraser} is no paraphraser of {self.teacher}: "
+                f"make it by paraphrase(teacher, recipe)."
+            )
+
+    def frozen(self):
+        return {"encoder": self.paraphraser}
+
+    def parts(self, student, teacher, x):
+        features, (*_, taught) = student.stages(x), teacher.stages(x)
+        ours = features[: len(teacher.body)][-1].shape[1]
+        factor = max(1, round(self.paraphraser.method.rate * taught.shape[1]))
+        return {"translator": _leaky(nn.Conv2d, (ours, ours, factor, factor))}
+
+    def term(self, ours, theirs, step):
+        factor = step.parts["translator"](ours[: len(theirs)][-1])
+        taught = step.frozen["encoder"](theirs[-1])
+        return "factor", self.factor_weight, losses.factor(*_to_one_size(factor, taught))
+
+
+def _leaky(layer: type[nn.Module], widths) -> nn.Sequential:
+    """3x3 layers from each width to the next, with bias, each followed by leaky ReLU."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [layer(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)
 
 
 def _to_one_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,12 @@ class OneStage(Method):
     def recipes(self):
         return self.method.recipes()
 
+    def frozen(self):
+        return self.method.frozen()
+
+    def joined(self, student, teacher, parts):
+        return self.method.joined(student, teacher, parts)
+
     def loss(self, step):
         return self.method.loss(step)
 

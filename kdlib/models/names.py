@@ -1,4 +1,4 @@
-"""Networks by name: ``resnet20``, ``mobilenetv2-t6-w0.5``, ``resnet50-x0.25``."""
+"""Networks by name: ``resnet20``, ``wrn-16-2``, ``mobilenetv2-t6-w0.5``, ``resnet50-x0.25``."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +10,15 @@ from kdlib.errors import UnknownName
 from kdlib.models.mobilenet import mobilenetv2
 from kdlib.models.resnet import cifar_resnet, resnet50
 from kdlib.models.staged import Staged
+from kdlib.models.vgg import vgg13
+from kdlib.models.wide_resnet import wide_resnet
 
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
-EXAMPLES = [f"resnet{depth}" for depth in (*RESNET_DEPTHS, 50)] + [
-    f"mobilenetv2-t{t}-w{w}" for t in (4, 6, 8, 10) for w in (0.35, 0.5, 0.75, 1.0)
+EXAMPLES = [
+    *(f"resnet{depth}" for depth in (*RESNET_DEPTHS, 50)),
+    *(f"wrn-{depth}-{width}" for depth, width in ((16, 1), (16, 2), (40, 1), (46, 4))),
+    "vgg13",
+    *(f"mobilenetv2-t{t}-w{w}" for t in (4, 6, 8, 10) for w in (0.35, 0.5, 0.75, 1.0)),
 ]
 
 
@@ -21,8 +26,9 @@ def build_model(name: str, classes: int, channels: int = 3, seed: int | None = N
     """A freshly initialised network in float32 on the CPU.
 
     Args:
-        name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50`` or ``mobilenetv2-t<T>-w<W>``; a
-            suffix ``-x<width>`` multiplies every width.
+        name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50``, ``wrn-<depth>-<width>`` of a depth
+            6n + 4, ``vgg13`` or ``mobilenetv2-t<T>-w<W>``; a suffix ``-x<width>`` multiplies
+            every width.
         classes: number of logits.
         channels: of the images.
         seed: of the initial weights; the caller's random state is left alone. None draws from it.
@@ -49,12 +55,16 @@ def builder(name: str) -> Callable[..., Staged]:
 
 
 def _family(base: str) -> Callable[..., Staged] | None:
-    if base == "resnet50":
-        return resnet50
+    if base in (whole := {"resnet50": resnet50, "vgg13": vgg13}):
+        return whole[base]
     if match := re.fullmatch(r"resnet(\d+)", base):
         depth = int(match[1])
         if depth in RESNET_DEPTHS:
             return partial(cifar_resnet, depth)
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", base):
+        depth, width = int(match[1]), int(match[2])
+        if depth > 4 and depth % 6 == 4 and width:
+            return partial(wide_resnet, depth, width)
     if match := re.fullmatch(r"mobilenetv2-t(\d+)-w([\d.]+)", base):
         expansion, width = int(match[1]), _number(match[2])
         if expansion and width:

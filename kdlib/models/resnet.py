@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, conv
+from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, conv, initialise
 
 
 class Block(nn.Module):
@@ -64,8 +64,4 @@ def _resnet(make, widths, depths, classes: int, channels: int, scale: float) -> 
             block, inputs = make(inputs, width, stride=2 if stage > 0 and k == 0 else 1)
             blocks.append(block)
         body.append(nn.Sequential(*blocks))
-    model = Staged(stem, body, PoolAndClassify(inputs, classes))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    return initialise(Staged(stem, body, PoolAndClassify(inputs, classes)))

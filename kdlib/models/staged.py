@@ -62,6 +62,16 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
+def initialise(model: Staged) -> Staged:
+    """He et al.'s normal weights for every convolution, by its outputs; their biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
 class PoolAndClassify(nn.Sequential):
     """Global average pooling and one linear layer."""
 

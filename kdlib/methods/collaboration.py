@@ -1,0 +1,92 @@
+"""STC: the student's front and the teacher's back make one network, trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib import losses
+from kdlib.methods.distill import OnLogits, Step
+from kdlib.models.staged import batch_norm, conv
+
+# What the collaboration network learns to answer.
+TARGETS: dict[str, Callable[[STC, Tensor, Step], Tensor]] = {
+    "output": lambda stc, logits, step: losses.imitation(logits, step.targets),
+    "soft": lambda stc, logits, step: losses.imitation(logits, step.targets, stc.temperature),
+    "label": lambda stc, logits, step: F.cross_entropy(logits, step.targets.argmax(1)),
+    "truth": lambda stc, logits, step: F.cross_entropy(logits, step.labels),
+}
+
+
+@dataclass(frozen=True)
+class STC(OnLogits):
+    """alpha·C(teacher's back(student's front(x)), target) + (1 - alpha)·the student's own loss.
+
+    Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term comes to the student
+    through the teacher's later stages, which are frozen and in eval mode. Where features differ in
+    shape, an adapter that is trained along joins them; at inference it is dropped with the teacher.
+
+    Attributes:
+        alpha: 0.3 on CIFAR-10, 0.5 elsewhere.
+        cut: both networks are cut after this stage.
+        target: ``output``, the teacher's softmax; ``soft``, at ``temperature``, times T²;
+            ``label``, its most likely class; ``truth``, the label of the data set.
+
+    The student's own loss is that of ``OnLogits``: CE, or with kd_weight "STC+KD" (decision STC-g).
+    Raises ValueError for an alpha beyond [0, 1], an unknown target, a cut where there is no stage.
+    """
+
+    alpha: float = 0.3
+    cut: int = 2
+    target: str = "output"
+    live = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target not in TARGETS:
+            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is a share of the loss, from 0 to 1, not {self.alpha}.")
+
+    @property
+    def labelled(self):
+        return self.target != "truth" or self.kd_weight != 0
+
+    def parts(self, student, teacher, x):
+        stages = min(len(student.body), len(teacher.body))
+        if self.cut not in range(1, stages + 1):
+            raise ValueError(
+                f"There is no cut after stage {self.cut}: both networks have {stages}."
+            )
+        ours, theirs = (network.until(self.cut, x) for network in (student, teacher))
+        return {} if ours.shape == theirs.shape else {"adapter": adapter(ours, theirs)}
+
+    def loss(self, step):
+        feature = step.student.until(self.cut, step.x)
+        logits = step.student.resume(self.cut, feature)
+        together = self._finish(feature, step.teacher, step.parts)
+        stc = TARGETS[self.target](self, together, step)
+        terms = self.on_logits(logits, step.labels, step.targets)
+        loss = self.alpha * stc + (1 - self.alpha) * terms["loss"]
+        return logits, {**terms, "loss": loss, "stc": stc}
+
+    def joined(self, student, teacher, parts):
+        return {"collaboration": lambda x: self._finish(student.until(self.cut, x), teacher, parts)}
+
+    def _finish(self, feature: Tensor, teacher, parts) -> Tensor:
+        """Logits that the teacher makes of the student's feature."""
+        if "adapter" in parts:
+            feature = parts["adapter"](feature)
+        return teacher.resume(self.cut, feature)
+
+
+def adapter(ours: Tensor, theirs: Tensor) -> nn.Sequential:
+    """From one feature's shape ``[b, c, h, w]`` to another's: to its size, then a 1x1 convolution
+    with batch norm."""
+    size = theirs.shape[2:]
+    resize = nn.AdaptiveAvgPool2d(size) if ours.shape[2] > size[0] else nn.Upsample(size)
+    layers = [conv(ours.shape[1], theirs.shape[1], 1), batch_norm(theirs.shape[1])]
+    return nn.Sequential(*([] if ours.shape[2:] == size else [resize]), *layers)
