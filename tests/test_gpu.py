@@ -15,7 +15,15 @@ from kdlib.engine.lane import Lane
 from kdlib.engine.plan import mix
 from kdlib.engine.train import BANKS
 from kdlib.greedy import GreedySearch, anchors, divergences
-from kdlib.methods import Hint, MutualLearning, RocketLaunching
+from kdlib.methods import (
+    STC,
+    AttentionTransfer,
+    FactorTransfer,
+    Hint,
+    MutualLearning,
+    RocketLaunching,
+    paraphrase,
+)
 from kdlib.methods.route import OneStage, multi_stage
 from kdlib.store import fingerprint
 
@@ -385,6 +393,38 @@ def test_a_resumed_lane_with_parts_equals_an_uninterrupted_one(start, gpu, monke
     finish(resumed)
     assert training_log(resumed) == training_log(uninterrupted)
     assert_equal(whole(resumed), whole(uninterrupted))
+
+
+WIDER = replace(RUN, model="resnet8")  # twice the student's channels
+PARAPHRASER = paraphrase(WIDER, Recipe(1, 56, 0.05))
+WITH_KD = {"ce_weight": 0.1, "kd_weight": 0.9}
+OF_FEATURES = [
+    STC(WIDER, **WITH_KD),
+    STC(WIDER, cut=3, target="truth"),
+    AttentionTransfer(WIDER, **WITH_KD),
+    FactorTransfer(WIDER, paraphraser=PARAPHRASER),
+]
+
+
+@pytest.mark.parametrize("method", OF_FEATURES, ids=lambda m: type(m).__name__)
+def test_a_captured_student_of_features_equals_an_eager_one(start, gpu, method):
+    train([PARAPHRASER], device=gpu)
+    run = replace(RUN, method=method, seed=1)
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert training_log(captured) == training_log(eager)
+    assert_equal(whole(captured), whole(eager))
+    live = captured.teachers.live
+    assert fingerprint(live.state_dict()) == store.saved_fingerprint(WIDER, RUN.recipe.epochs)
+    assert not any(parameter.grad is not None for parameter in live.parameters())
+
+
+def test_a_captured_paraphraser_equals_an_eager_one_and_leaves_its_network_alone(start, gpu):
+    (teacher,) = train([WIDER], device=gpu)
+    captured, eager = (finish(start(PARAPHRASER, capture=c)) for c in (True, False))
+    assert training_log(captured) == training_log(eager)
+    assert_equal(whole(captured), whole(eager))
+    student = captured.trainee.networks["student"].state_dict()
+    assert fingerprint(student) == teacher.closing["weights"][str(RUN.recipe.epochs)]
 
 
 def test_stages_and_searches_train_side_by_side(gpu):
