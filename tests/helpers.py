@@ -4,10 +4,12 @@ import os
 
 import torch
 
-from kdlib import load_data, store, train
+from kdlib import build_model, load_data, store, train
 from kdlib.engine.bank import Shelf
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import plan
+from kdlib.engine.teachers import Teachers
+from kdlib.methods import Step
 from kdlib.store import fingerprint
 
 
@@ -66,6 +68,48 @@ def batches(run, images):
     for step in range(before * n // batch, len(order) // batch):
         rows = slice(step * batch, (step + 1) * batch)
         yield (rows.stop - 1) // n - before, order[rows], views[rows]
+
+
+def step_in_float64(method, student, teacher, size=8, frozen=None):
+    """A batch of four images and what a lane would hand the loss, all of it in float64."""
+    generator = torch.manual_seed(0)
+    x = torch.randn(4, 1, size, size, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 4, 2])
+    student, teacher = (
+        build_model(name, 5, 1, seed=k).double() for k, name in enumerate((student, teacher))
+    )
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    teacher.eval().requires_grad_(False)
+    with torch.no_grad():
+        parts = method.parts(student.eval(), teacher, x)
+        targets = teacher(x)
+    parts = {name: part.double() for name, part in parts.items()}
+    return Step(x, labels, targets, student.train(), teacher, parts, frozen or {})
+
+
+def gradients(value, modules):
+    """Of all parameters of these modules, 0 for those that the value does not depend on."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    return torch.autograd.grad(
+        value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def watch_teachers(monkeypatch):
+    """The list of all networks that teach runs from now on, as steps use them."""
+    watched = []
+    for name in ("enliven", "borrow"):
+        original = getattr(Teachers, name)
+
+        def note(teachers, *arguments, original=original):
+            original(teachers, *arguments)
+            watched.extend(n for n in (teachers.live, *teachers.frozen.values()) if n is not None)
+
+        monkeypatch.setattr(Teachers, name, note)
+    return watched
 
 
 def truncate(path):

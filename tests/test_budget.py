@@ -9,9 +9,9 @@ from helpers import final_weights, same_log
 
 from kdlib import KD, load_data, store, train
 from kdlib.engine import plan
-from kdlib.engine.budget import ancestry, label_sweeps
+from kdlib.engine.budget import Sweeps, ancestry, label_sweeps
 from kdlib.engine.train import BANKS
-from kdlib.methods import Hint
+from kdlib.methods import STC, AttentionTransfer, FactorTransfer, Hint, paraphrase
 from kdlib.methods.route import OneStage, multi_stage
 
 train_module = import_module("kdlib.engine.train")
@@ -86,6 +86,57 @@ def test_live_teachers_are_never_banked(whole):
     assert mixed.banked == pytest.approx(12 + 9 * (1 - (8 / 9) ** 6))
 
 
+def test_what_is_made_for_features_is_told_apart(whole):
+    teacher = whole(9)
+    lender = paraphrase(teacher, teacher.recipe)
+    live = [
+        Hint(teacher),
+        AttentionTransfer(teacher, kd_weight=0.9),
+        FactorTransfer(teacher, paraphraser=lender),
+        STC(teacher, target="truth"),
+    ]
+    for method in live:
+        (counted,) = label_sweeps([whole(6, method=method)]).values()
+        assert counted == Sweeps(live=6, banked=6, features=6)
+    assert label_sweeps([lender]) == {(teacher, 9): Sweeps(live=9, banked=9, features=9)}
+    together = label_sweeps([whole(6, method=method) for method in [*live, KD(teacher)]])
+    assert together[teacher, 9].live == 30
+    assert together[teacher, 9].features == 24
+    assert together[teacher, 9].banked == pytest.approx(24 + 9 * (1 - (8 / 9) ** 6))
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "soft"}, {"target": "label"}])
+def test_collaboration_asks_for_labels_as_kd_does(whole, settings):
+    teacher = whole(9)
+    runs = [whole(6, seed=seed, method=STC(teacher, **settings)) for seed in range(2)]
+    kd = [whole(6, seed=seed, method=KD(teacher)) for seed in range(2)]
+    assert label_sweeps(runs) == label_sweeps(kd)
+    (counted,) = label_sweeps(runs).values()
+    assert (counted.live, counted.features) == (12, 0)
+    truth = STC(teacher, target="truth", kd_weight=0.9)
+    assert label_sweeps([whole(6, method=truth)]) == label_sweeps(kd[:1])
+
+
+@pytest.mark.parametrize(
+    ("live", "banked", "features", "share", "worth"),
+    [
+        (100, 90, 0, 0.1, True),
+        (100, 90.1, 0, 0.1, False),
+        (100, 9, 0, 0.1, True),
+        (110, 100, 10, 0.1, True),  # ten of a hundred passes for labels
+        (110, 100.5, 10, 0.1, False),
+        (200, 189.5, 100, 0.1, True),
+        (1, 1, 0, 0.1, False),
+        (50, 50, 50, 0.1, True),  # nothing to save, nothing to hold
+        (10, 10, 0, 0.0, True),
+    ],
+)
+def test_a_bank_is_worth_its_memory_by_the_passes_for_labels_alone(
+    live, banked, features, share, worth
+):
+    assert Sweeps(live, banked, features).worth(share) is worth
+
+
 def test_runs_without_a_teacher_cost_no_sweeps(whole):
     assert label_sweeps([whole(3)]) == {}
 
@@ -140,6 +191,27 @@ def test_a_teacher_of_one_epoch_is_not_remembered_and_no_number_changes(
 def test_teachers_of_many_epochs_are_remembered(tiny):
     train([tiny(epochs=6, method=OneStage(KD(tiny(epochs=6)), gap=3))])
     assert train_banks() == [True] * 2
+
+
+def test_a_bank_is_kept_beside_students_of_features(tiny):
+    """Whose passes for features would hide that it saves most of those for labels."""
+    teacher = tiny(epochs=4)
+    features = [tiny(epochs=20, seed=seed, method=Hint(teacher)) for seed in range(2)]
+    shared = [tiny(epochs=3, lr=lr, method=KD(teacher)) for lr in (0.05, 0.02)]
+    counted = label_sweeps([*features, *shared])[teacher, 4]
+    assert counted.banked > 0.9 * counted.live
+    train([*features, *shared])
+    assert train_banks() == [True]
+
+
+@pytest.mark.parametrize("target", ["output", "truth"])
+def test_collaboration_sweeps_its_teacher_as_often_as_was_counted(whole, swept, target):
+    run = whole(3, batch=64, method=STC(whole(3, batch=64), target=target))
+    train([run])
+    (counted,) = label_sweeps([run]).values()
+    expected = counted.banked - counted.features
+    assert passes(swept, "train", 1438) == pytest.approx(expected, rel=0.03)
+    assert passes(swept, "test", 359) == 1
 
 
 def test_teachers_of_one_epoch_that_several_lanes_share_are_remembered(tiny, swept):

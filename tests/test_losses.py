@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import rel_entr, softmax
+from scipy.special import entr, rel_entr, softmax
 from torch.autograd import gradcheck
 
 from kdlib import losses
@@ -19,6 +19,7 @@ def make(*shapes, seed=0):
 # name: student and teacher tensors, in the order of the loss's arguments
 TENSORS = {
     "kd": make((10,), (10,)),
+    "imitation": make((10,), (10,)),
     "hint": make((4, 3, 3), (4, 3, 3)),
     "attention": make((4, 3, 3), (7, 3, 3)),
     "factor": make((4, 3, 3), (4, 3, 3)),
@@ -26,7 +27,8 @@ TENSORS = {
     "nst": make((4, 3, 3), (5, 3, 3)),
 }
 LOSSES = {name: getattr(losses, name) for name in TENSORS} | {
-    "kd": lambda s, t: losses.kd(s, t, 4.0)
+    "kd": lambda s, t: losses.kd(s, t, 4.0),
+    "imitation": lambda s, t: losses.imitation(s, t, 4.0),
 }
 every_loss = pytest.mark.parametrize("name", TENSORS)
 
@@ -39,6 +41,15 @@ def kd(student, teacher, temperature=4.0):
     return temperature**2 * np.mean(
         [rel_entr(t, s).sum() for t, s in zip(p_teacher, p_student, strict=True)]
     )
+
+
+def imitation(student, teacher, temperature=4.0):
+    """Cross-entropy, class by class."""
+    p_teacher, p_student = softmax(teacher / temperature, 1), softmax(student / temperature, 1)
+    total = 0.0
+    for p, q in zip(p_teacher, p_student, strict=True):
+        total -= sum(p[c] * np.log(q[c]) for c in range(len(p)))
+    return temperature**2 * total / len(teacher)
 
 
 def hint(student, teacher):
@@ -143,7 +154,7 @@ def test_a_dead_feature_gives_finite_gradients(name):
 # --- what holds of each ---------------------------------------------------------------------------
 
 
-@every_loss
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "imitation"])
 def test_is_zero_where_student_and_teacher_agree(name):
     student, _ = split(name)
     assert abs(float(LOSSES[name](*student, *student))) < 1e-15
@@ -169,6 +180,31 @@ def test_kd_ignores_a_shift_of_all_logits():
     torch.testing.assert_close(
         losses.kd(student + 5, teacher - 3, 2.0), losses.kd(student, teacher, 2.0)
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_imitation_is_kd_and_the_teachers_entropy(temperature):
+    student, teacher = TENSORS["imitation"]
+    p = softmax(teacher.numpy() / temperature, 1)
+    least = temperature**2 * entr(p).sum(1).mean()
+    assert float(losses.imitation(teacher, teacher, temperature)) == pytest.approx(least, rel=1e-12)
+    excess = losses.imitation(student, teacher, temperature) - least
+    torch.testing.assert_close(excess, losses.kd(student, teacher, temperature))
+    assert excess > 0.1
+
+
+def test_imitation_has_a_temperature_of_one_unless_told():
+    student, teacher = TENSORS["imitation"]
+    expected = imitation(student.numpy(), teacher.numpy(), temperature=1.0)
+    assert float(losses.imitation(student, teacher)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_imitation_of_a_certain_teacher_is_cross_entropy():
+    student, _ = TENSORS["imitation"]
+    labels = torch.tensor([3, 0, 9])
+    certain = 1e3 * torch.nn.functional.one_hot(labels, 10).double()
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    torch.testing.assert_close(losses.imitation(student, certain), expected)
 
 
 def test_kd_at_high_temperature_matches_centred_logits():

@@ -7,7 +7,15 @@ from kdlib import build_model, count_cost, files
 from kdlib.errors import UnknownName
 from kdlib.models import load_weights
 
-FAMILIES = ["resnet8", "resnet14-x0.5", "resnet50-x0.125", "mobilenetv2-t4-w0.35"]
+FAMILIES = [
+    "resnet8",
+    "resnet14-x0.5",
+    "resnet50-x0.125",
+    "mobilenetv2-t4-w0.35",
+    "wrn-10-1",
+    "wrn-16-2-x0.25",
+    "vgg13-x0.125",
+]
 
 
 def shapes(model):
@@ -42,8 +50,13 @@ def test_resnet50_has_the_size_of_rcos_teacher():
         ("resnet20", 10, 272_474, 40.8),
         ("resnet20", 100, 278_324, 40.8),
         ("resnet56", 10, 855_770, 125.7),
-        ("resnet56", 100, 861_620, None),
+        ("resnet56", 100, 861_620, 125.8),
         ("resnet110", 100, 1_736_564, 253.2),
+        ("wrn-16-1", 10, 175_066, 26.7),
+        ("wrn-16-2", 10, 691_674, 101.1),
+        ("wrn-40-1", 10, 563_930, 83.3),
+        ("wrn-46-4", 10, 10_499_290, 1525.1),
+        ("vgg13", 10, 9_416_010, 228.3),
         ("resnet26", 10, 369_690, None),
         ("resnet8", 10, 78_042, None),
         ("resnet32", 100, 472_756, None),
@@ -52,12 +65,13 @@ def test_resnet50_has_the_size_of_rcos_teacher():
     ],
 )
 def test_networks_have_their_known_sizes(name, classes, params, mega_macs):
-    cost = count_cost(build_model(name, classes), image_size=32)
+    with torch.device("meta"):
+        cost = count_cost(build_model(name, classes), image_size=32)
     assert cost.params == params
     assert mega_macs is None or round(cost.macs / 1e6, 1) == mega_macs
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2-t4-w0.35"])
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2-t4-w0.35", "wrn-10-2", "vgg13-x0.25"])
 def test_cost_equals_an_independent_count(name):
     model, x = build_model(name, classes=10, channels=1).eval(), torch.zeros(1, 1, 16, 16)
     norms = []
@@ -103,6 +117,21 @@ def test_resuming_from_any_stage_is_the_whole_network(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_in_training_too_no_feature_is_altered_by_what_follows(name):
+    model = build_model(name, classes=7, seed=0).train()
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    for stage in range(len(model.body) + 1):
+        feature = model.until(stage, x)
+        kept = feature.detach().clone()
+        model.resume(stage, feature).square().mean().backward()
+        assert torch.equal(feature, kept)
+    features = model.stages(x)
+    kept = [feature.detach().clone() for feature in features]
+    model.head(features[-1])
+    assert all(map(torch.equal, features, kept))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_passes_gradients(name):
     model = build_model(name, classes=7, seed=0).train()
     x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
@@ -117,6 +146,107 @@ def test_stages_have_the_usual_sizes():
     assert [tuple(f.shape[1:]) for f in resnet] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
     mobile = build_model("mobilenetv2-t6-w0.5", 10).eval().stages(x)
     assert [f.shape[2] for f in mobile] == [16, 8, 4, 2]
+    wide = build_model("wrn-16-2-x0.5", 10).eval().stages(x)
+    assert [tuple(f.shape[1:]) for f in wide] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    vgg = build_model("vgg13-x0.0625", 10).eval().stages(x)
+    assert [f.shape[1] for f in vgg] == [4, 8, 16, 32, 32]
+    assert [f.shape[2] for f in vgg] == [32, 16, 8, 4, 2]
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(8, [8, 4, 2, 1, 1]), (28, [28, 14, 7, 4, 2])])
+def test_a_vgg_of_small_images_keeps_a_pixel(size, sizes):
+    model = build_model("vgg13-x0.0625", 10, channels=1).eval()
+    x = torch.zeros(1, 1, size, size)
+    assert [f.shape[2] for f in model.stages(x)] == sizes
+    assert model(x).shape == (1, 10)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def calls(network, x):
+    """The kinds of the modules without children, in the order in which they are called."""
+    order = []
+    for module in network.modules():
+        if not any(module.children()):
+            module.register_forward_hook(lambda m, *_: order.append(type(m).__name__))
+    with torch.no_grad():
+        network.eval()(x)
+    return order
+
+
+def test_a_wrn_normalises_before_it_convolves():
+    model = build_model("wrn-16-2-x0.5", 10)
+    twice = ["BatchNorm2d", "Conv2d"] * 2
+    stage = [*twice, "Conv2d", *twice]  # the first block's shortcut is convolved
+    head = ["BatchNorm2d", "ReLU", "AdaptiveAvgPool2d", "Flatten", "Linear"]
+    assert calls(model, torch.zeros(1, 3, 8, 8)) == ["Conv2d", *stage * 3, *head]
+
+
+def preactivation(block, x):
+    """BN, ReLU, convolution, twice; the shortcut from the activated input where shapes change."""
+
+    def active(norm, z):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        z = (z - norm.running_mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+        return (z + norm.bias.view(1, -1, 1, 1)).clamp(min=0)
+
+    first = active(block.norm1, x)
+    stride = block.conv1.stride
+    inner = torch.nn.functional.conv2d(first, block.conv1.weight, stride=stride, padding=1)
+    inner = active(block.norm2, inner)
+    out = torch.nn.functional.conv2d(inner, block.conv2.weight, padding=1)
+    if block.shortcut is None:
+        return out + x
+    return out + torch.nn.functional.conv2d(first, block.shortcut.weight, stride=stride)
+
+
+def test_wrn_blocks_equal_their_formula():
+    model = build_model("wrn-16-2-x0.25", 10, seed=0).double().eval()
+    generator = torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
+    x = model.stem(x)
+    shortcuts = []
+    for stage in model.body:
+        for block in stage:
+            expected = preactivation(block, x)
+            x = block(x)
+            torch.testing.assert_close(x, expected)
+            shortcuts.append(block.shortcut is not None)
+    assert shortcuts == [True, False] * 3
+
+
+def test_a_wrn_as_wide_as_its_stem_has_no_shortcut_in_its_first_stage():
+    model = build_model("wrn-16-1", 10)
+    found = [[block.shortcut is not None for block in stage] for stage in model.body]
+    assert found == [[False, False], [True, False], [True, False]]
+
+
+def test_a_vgg_has_convolutions_with_bias_and_pools_between_its_stages():
+    model = build_model("vgg13-x0.0625", 10)
+    layer = ["Conv2d", "BatchNorm2d", "ReLU"]
+    expected = 2 * layer + 4 * (["MaxPool2d"] + 2 * layer)
+    assert calls(model, torch.zeros(1, 3, 32, 32)) == [
+        *expected,
+        *("MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"),
+    ]
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn-16-4", "vgg13-x0.5"])
+def test_convolutions_start_normal_with_the_deviation_of_he_by_outputs(name):
+    for module in build_model(name, 10, seed=0).modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan = module.weight.shape[0] * module.weight[0, 0].numel()
+            spread = 4 / module.weight.numel() ** 0.5
+            assert module.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=spread)
+            assert module.bias is None or not module.bias.any()
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -126,13 +256,20 @@ def test_a_suffix_multiplies_every_width():
     half = build_model("resnet20-x0.5", classes=10)
     widths = [feature.shape[1] for feature in half.eval().stages(torch.zeros(1, 3, 8, 8))]
     assert widths == [8, 16, 32]
+    wide = build_model("wrn-10-4-x0.5", classes=10)
+    widths = [feature.shape[1] for feature in wide.eval().stages(torch.zeros(1, 3, 8, 8))]
+    assert widths == [32, 64, 128]
+    assert wide.stem[0].weight.shape[0] == 8
+    assert shapes(build_model("wrn-10-2-x1", 10)) == shapes(build_model("wrn-10-2", 10))
     assert shapes(build_model("resnet20-x1", 10)) == shapes(build_model("resnet20", 10))
     assert shapes(build_model("mobilenetv2-t4-w0.7-x0.5", 10)) == shapes(
         build_model("mobilenetv2-t4-w0.35", 10)
     )
 
 
-@pytest.mark.parametrize("name", ["resnet20-x0.01", "mobilenetv2-t4-w0.35-x0.1"])
+@pytest.mark.parametrize(
+    "name", ["resnet20-x0.01", "mobilenetv2-t4-w0.35-x0.1", "wrn-10-1-x0.01", "vgg13-x0.001"]
+)
 def test_no_suffix_leaves_a_layer_without_channels(name):
     assert build_model(name, classes=10).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
@@ -147,6 +284,15 @@ def test_no_suffix_leaves_a_layer_without_channels(name):
         ("mobilenetv2-t0-w0.5", "mobilenetv2-t10-w0.5"),
         ("resnet20-xbig", "resnet20"),
         ("resnet20-x0", "resnet20"),
+        ("wrn-15-1", "wrn-16-1"),
+        ("wrn-18-1", "wrn-16-1"),
+        ("wrn-4-1", "wrn-40-1"),
+        ("wrn-16-0", "wrn-16-1"),
+        ("wrn-16", "wrn-16-1"),
+        ("wrn-16-1.5", "wrn-16-1"),
+        ("wrn16-2", "wrn-16-2"),
+        ("vgg16", "vgg13"),
+        ("vgg13-xwide", "vgg13"),
         ("", "resnet20"),
     ],
 )

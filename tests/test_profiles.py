@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from kdlib import KD
+from kdlib import KD, STC, CrossEntropy, build_model, load_data
 from kdlib.errors import UnknownName
-from kdlib.profiles import PROFILES, RCO_ROUTE, Profile, open_profile
+from kdlib.methods import AttentionTransfer, OneStage
+from kdlib.profiles import FOLLOWED, PROFILES, RCO_ROUTE, SMALL_PAIRS, Profile, open_profile
 
 SMALL = Profile(
     name="small",
@@ -194,6 +196,112 @@ def test_a_thinning_that_is_no_number_of_epochs_is_refused(monkeypatch, value):
     monkeypatch.setenv("KDLIB_KEEP_ROUTE", value)
     with pytest.raises(ValueError, match=f"KDLIB_KEEP_ROUTE is {value!r}.*1 or more"):
         open_profile("paper")
+
+
+# --- students that a figure follows ---------------------------------------------------------------
+
+
+def followed(profile, epochs=500, model="resnet20", method=STC, **settings):
+    """A student as every notebook would ask for it."""
+    recipe = profile.recipe(epochs, (150, 300, 400), batch=128, lr=0.1)
+    teacher = profile.run("cifar10", "resnet56", recipe)
+    made = CrossEntropy() if method is CrossEntropy else method(teacher, **settings)
+    return profile.run("cifar10", model, recipe, made)
+
+
+def test_the_students_of_the_cut_keep_every_25th_of_the_papers_epochs():
+    paper = tuple(range(25, 501, 25))
+    assert followed(PROFILES["paper"]).keep == paper
+    for name in ("course", "smoke"):
+        run = followed(PROFILES[name])
+        assert set(run.keep) == {PROFILES[name].epochs(epoch) for epoch in paper}
+        assert run.keep[-1] == run.recipe.epochs
+    assert followed(PROFILES["smoke"]).keep == tuple(sorted({round(e / 20) for e in paper}))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_all_collaborations_of_one_network_keep_the_same(name):
+    profile = PROFILES[name]
+    expected = followed(profile).keep
+    for settings in ({"cut": 1}, {"target": "truth"}, {"kd_weight": 0.9}, {"alpha": 0.5}):
+        assert followed(profile, **settings).keep == expected
+
+
+def test_no_more_is_kept_than_a_shorter_run_has():
+    run = followed(PROFILES["paper"], epochs=164)
+    assert run.keep == (25, 50, 75, 100, 125, 150)
+    assert followed(PROFILES["course"], epochs=164).keep[-1] <= 16
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_no_figure_follows_keeps_its_last_weights_alone(name):
+    profile = PROFILES[name]
+    assert followed(profile, model="resnet56").keep == ()
+    assert followed(profile, method=KD).keep == ()
+    assert followed(profile, method=AttentionTransfer).keep == ()
+    assert followed(profile, method=CrossEntropy).keep == ()
+    assert followed(profile, method=lambda teacher: OneStage(STC(teacher), gap=1)).keep == ()
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("method", [CrossEntropy, KD])
+def test_rcos_figure_5_still_follows_every_epoch(name, method):
+    profile = PROFILES[name]
+    run = followed(profile, 240, "mobilenetv2-t4-w0.35", method)
+    assert run.keep == tuple(range(1, run.recipe.epochs + 1))
+    assert ("mobilenetv2-t4-w0.35", method) in FOLLOWED
+
+
+def test_what_is_asked_for_is_kept_beside_what_a_figure_follows():
+    paper = PROFILES["paper"]
+    recipe = paper.recipe(500, batch=128, lr=0.1)
+    method = STC(paper.run("cifar10", "resnet56", recipe))
+    run = paper.run("cifar10", "resnet20", recipe, method, keep=(3, 25))
+    assert run.keep == (3, *range(25, 501, 25))
+
+
+# --- stand-ins ------------------------------------------------------------------------------------
+
+STC_PAIRS = [
+    ("resnet20", "resnet56"),
+    ("resnet20", "wrn-40-1"),
+    ("vgg13", "wrn-46-4"),
+    ("wrn-16-1", "wrn-16-2"),
+    ("resnet20", "resnet110"),
+    ("resnet56", "resnet110"),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher"), STC_PAIRS)
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_small_pairs_fit_each_other_where_the_papers_do(student, teacher, cut):
+    smoke = PROFILES["smoke"]
+    recipe = smoke.recipe(500, batch=128, lr=0.1)
+    method = STC(smoke.run("cifar10", "resnet56", recipe), cut=cut)
+    size = load_data("digits").size
+
+    def shapes(name, channels, size):
+        with torch.device("meta"):
+            model = build_model(name, 10, channels).eval()
+            return model, torch.empty(2, channels, size, size)
+
+    found = []
+    for rename, channels, pixels in ((lambda name: name, 3, 32), (smoke.model, 1, size)):
+        (ours, x), (theirs, _) = (shapes(rename(n), channels, pixels) for n in (student, teacher))
+        found.append(method.parts(ours, theirs, x).keys())
+    assert found[0] == found[1] == ({"adapter"} if student == "wrn-16-1" else set())
+
+
+def test_small_pairs_are_smaller_than_those_of_the_paper_and_keep_their_order():
+    def params(name):
+        with torch.device("meta"):
+            return sum(p.numel() for p in build_model(name, 10).parameters())
+
+    for paper, small in SMALL_PAIRS.items():
+        assert params(small) < 0.5 * params(paper)
+    assert {name for pair in STC_PAIRS for name in pair} == SMALL_PAIRS.keys()
+    for student, teacher in STC_PAIRS:
+        assert PROFILES["smoke"].model(student) != PROFILES["smoke"].model(teacher)
 
 
 # --- grids of networks ----------------------------------------------------------------------------
