@@ -8,7 +8,8 @@
 
 Same networks, batches, images, threads and process. The difference of naive and frozen is the
 arithmetic of the teacher's weight gradients. "Memory" is what one step keeps for its backward pass
-and as gradients, weights left out, counted in bytes of tensors and so the same on every device.
+and as gradients, weights left out, counted in bytes of tensors. PyTorch keeps the input of a
+convolution also where its weight needs no gradient, so that freezing saves little of it.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """Small tables computed from trained models, for ``measure``."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import torch
@@ -120,13 +122,15 @@ def gradient_cosines(
 
     Args:
         first, second: terms of the method, such as ``stc`` and ``ce``.
-        epochs: after which; 0 is the random start. Their weights must have been kept.
+        epochs: after which; 0 is the start. Their weights must have been kept.
     """
-    images = _training_images(trained.run)
-    rows = []
+    run, images = trained.run, _training_images(trained.run)
+    step, rows = _step(run, images.first(count)), []
     for epoch in epochs:
-        networks = trained_networks(trained.run, epoch, images).train().requires_grad_(True)
-        _, terms = trained.run.method.loss(_step(trained.run, networks, images.first(count)))
+        expected = trained.closing["weights"].get(str(epoch))
+        networks = trained_networks(run, epoch, images, expected).train().requires_grad_(True)
+        parts = _called(networks, images.device)
+        _, terms = run.method.loss(step._replace(student=parts.pop("student"), parts=parts))
         for stage, part in enumerate([networks["student"].stem, *networks["student"].body]):
             one, other = (_gradient(terms[name], part) for name in (first, second))
             if one.any() and other.any():
@@ -144,26 +148,32 @@ def _gradient(term: Tensor, part: nn.Module) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients]).double()
 
 
-def _step(run: Run, networks: nn.ModuleDict, images: Images) -> Step:
-    """All of some images as one batch, as the loss of a run's last epoch reads it."""
+def _step(run: Run, images: Images) -> Step:
+    """All of some images as one batch of a run's last epoch, but for the networks it trains."""
     x = images.batch(torch.arange(len(images), device=images.device))
-    teacher = targets = None
+    frozen, teacher, targets = {}, None, None
+    for name, lender in run.method.frozen().items():
+        last = lender.recipe.epochs
+        expected = _record(lender).closing["weights"][str(last)]
+        frozen[name] = trained_networks(lender, last, images, expected)[name]
     if anchor := run.method.labeller(run.recipe.epochs - 1):
         teacher = _record(anchor[0]).model(anchor[1]).to(images.device)
         with torch.no_grad():
             targets = teacher(x)
-    lent = {
-        name: trained_networks(lender, lender.recipe.epochs, images)[name]
-        for name, lender in run.method.frozen().items()
-    }
+        teacher = InFloat32(teacher, images.device, torch.float32)
+    return Step(
+        x=x,
+        labels=images.labels,
+        targets=targets,
+        student=None,
+        teacher=teacher,
+        parts={},
+        frozen=_called(frozen, images.device),
+    )
 
-    def called(network: nn.Module) -> InFloat32:
-        return InFloat32(network, images.device, torch.float32)
 
-    own = {name: called(network) for name, network in networks.items()}
-    student, teacher = own.pop("student"), teacher and called(teacher)
-    frozen = {name: called(part) for name, part in lent.items()}
-    return Step(x, images.labels, targets, student, teacher, own, frozen)
+def _called(networks: Mapping[str, nn.Module], device: torch.device) -> dict[str, InFloat32]:
+    return {name: InFloat32(net, device, torch.float32) for name, net in networks.items()}
 
 
 @torch.no_grad()

@@ -145,29 +145,29 @@ def _values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
 
 def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
     head = _head(claim) | {"unit": _unit(claim), "tolerance": claim.get("tolerance", math.nan)}
-    paper = _estimate(claim, paper_cells(claim["exhibit"]))
+    paper = estimate(claim, paper_cells(claim["exhibit"]))
     head["paper"] = paper[0] if paper else math.nan
-    result = _estimate(claim, ours)
+    result = estimate(claim, ours)
     if result is None:
         return Verdict(**head)
-    estimate, low, high, n = result
+    found, low, high, n = result
     margin = claim.get("margin", 0.0)
     if claim["kind"] == "equal":
         bound = claim["tolerance"]
         yes, no = -bound < low and high < bound, low > bound or high < -bound
-        as_claimed = abs(estimate) < bound
+        as_claimed = abs(found) < bound
     elif claim["kind"] == "correlation":
         bound = abs(claim.get("at_least", claim.get("at_most")))
-        yes, no = low > 0 and estimate >= bound, high < bound
-        as_claimed = estimate > 0
+        yes, no = low > 0 and found >= bound, high < bound
+        as_claimed = found > 0
     else:
         yes, no = low > margin, high < margin
-        as_claimed = estimate > margin
+        as_claimed = found > margin
     verdict = "supported" if yes else "contradicted" if no else "inconclusive"
     return Verdict(
         **head,
         verdict=verdict if faithful or claim.get("deterministic") else "direction only",
-        estimate=estimate,
+        estimate=found,
         low=low,
         high=high,
         as_claimed=bool(as_claimed),
@@ -175,8 +175,8 @@ def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
     )
 
 
-def _estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
-    """Estimate, interval and number of seeds; None where a cell is missing."""
+def estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
+    """Of a claim that relates cells: estimate, low, high, seeds; None where a cell is missing."""
     if claim["kind"] == "correlation":
         return _correlation(claim, cells)
     samples = [_combine(contrast, claim, cells) for contrast in _contrasts(claim)]

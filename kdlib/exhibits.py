@@ -129,21 +129,6 @@ class Exhibit:
                 wide.setdefault((head, self._ours), {})[cell.row] = _measured(cell)
         return pd.DataFrame(wide, index=list(dict.fromkeys(long.row))).fillna("–")
 
-    def gains(self, over: str) -> pd.DataFrame:
-        """How far every cell lies below that of the column ``over`` in its row, as errors gain.
-
-        Columns: row, column, paper, ours, low, high; ours is the mean over seeds of differences
-        within a seed, with its 95 % interval.
-        """
-        paper, rows = paper_cells(self.name), []
-        for row, column in dict.fromkeys([*paper, *self.cells]):
-            base, cell = (self.cells.get((row, c), {}) for c in (over, column))
-            ours = np.array([base[seed] - cell[seed] for seed in base.keys() & cell.keys()])
-            base, cell = (paper.get((row, c), {}).get(None, np.nan) for c in (over, column))
-            mean = ours.mean() if len(ours) else np.nan
-            rows.append((row, column, base - cell, mean, *interval(ours)))
-        return pd.DataFrame(rows, columns=["row", "column", "paper", "ours", "low", "high"])
-
     @property
     def _ours(self) -> str:
         return "ours" if self.profile.faithful else f"ours, {self.profile.name}"

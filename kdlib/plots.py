@@ -1,6 +1,6 @@
 """One style for every figure: colour-blind safe, never colour alone, legible in print."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import matplotlib as mpl
@@ -8,6 +8,7 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
@@ -15,6 +16,9 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK = OKABE_ITO
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# How our numbers look beside the paper's, and those of ours that are not like for like.
+OURS = {"marker": "o", "color": VERMILION}
+OTHER = {"marker": "s", "mfc": "none", "color": GREEN}
 # Widths in inches of one and of two columns of a printed page.
 COLUMN, PAGE = 3.4, 7.0
 
@@ -80,6 +84,37 @@ def name_lines(axes: Axes) -> None:
             color=line.get_color(),
             annotation_clip=False,
         )
+
+
+def draw_gains(
+    axes: Axes, gains: pd.DataFrame, copied: Collection[str] = (), other: pd.DataFrame | None = None
+) -> None:
+    """One row's gains by column, downwards: the paper's, those it copied, ours with intervals.
+
+    Args:
+        gains: of ``comparisons.gains``, indexed by column.
+        copied: columns that the paper took from elsewhere: hollow diamonds.
+        other: the same columns of ours under other circumstances: squares.
+    """
+    y = range(len(gains))
+    faces = ["none" if column in copied else BLUE for column in gains.index]
+    axes.scatter(gains.paper, y, marker="D", s=26, c=faces, edgecolors=BLUE)
+    for table, mark in ((gains, OURS), (other, OTHER)):
+        if table is not None:
+            bars = [table.ours - table.low, table.high - table.ours]
+            axes.errorbar(table.ours, y, xerr=bars, ls="", lw=1, **mark)
+    axes.axvline(0, c=BLACK, lw=0.8, marker="")
+    axes.set_xlabel("points of error below the student")
+    axes.set_yticks(y, [column.replace("_", "+") for column in gains.index])
+    axes.set_ylim(len(gains) - 0.5, -0.5)
+
+
+def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
+    """The legend of ``draw_gains``, with words for what the paper copied and what is other."""
+    paper = {"marker": "D", "mfc": BLUE, "mec": BLUE}
+    marks = {"paper": paper, copied: paper | {"mfc": "none"}, "ours": OURS, other: OTHER}
+    handles = [Line2D([], [], ls="", label=label, **mark) for label, mark in marks.items() if label]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
 
 
 def stamp(figure: Figure, text: str) -> None:

@@ -24,7 +24,7 @@ RCO_ROUTE = tuple(range(10, 250, 10))
 FOLLOWED = {
     ("mobilenetv2-t4-w0.35", CrossEntropy): range(1, 241),  # RCO's Figure 5
     ("mobilenetv2-t4-w0.35", KD): range(1, 241),
-    ("resnet20", STC): range(25, 501, 25),  # where to cut
+    ("resnet20", STC): range(50, 501, 50),  # where to cut
 }
 
 

@@ -62,7 +62,8 @@ class Run:
         route: keep also the logits of the validation images after every epoch, in half precision.
             Not part of the id either.
 
-    Raises UnknownName at once where the data set or the model is unknown.
+    Raises UnknownName at once where the data set or the model is unknown, ValueError where the
+    method does not fit the model.
     """
 
     data: str
@@ -79,7 +80,8 @@ class Run:
         object.__setattr__(self, "data", canonical_name(self.data))
         # index refuses 1.5, and takes the integers of numpy for those of Python
         object.__setattr__(self, "keep", tuple(sorted({index(epoch) for epoch in self.keep})))
-        builder(self.model)  # an unknown name is refused here, not after hours
+        builder(self.model)  # what is unknown or cannot be is refused here, not after hours
+        self.method.check(self.model)
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):

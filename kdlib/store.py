@@ -107,9 +107,17 @@ def save_networks(run: Run, epoch: int, networks: nn.ModuleDict) -> str:
     return save_weights(run, epoch, within(state, "student."), parts)
 
 
-def load_networks(run: Run, epoch: int) -> dict[str, Tensor]:
-    """The state of a trainee's networks: names begin with ``student.`` or the name of a part."""
-    tensors, _ = _load_checked(weights_path(run, epoch))
+def load_networks(run: Run, epoch: int, expected: str | None = None) -> dict[str, Tensor]:
+    """The state of a trainee's networks: names begin with ``student.`` or the name of a part.
+
+    Raises StoreError where they are absent, damaged, or have another fingerprint than ``expected``.
+    """
+    tensors, found = _load_checked(weights_path(run, epoch))
+    if expected not in (None, found):
+        raise StoreError(
+            f"{weights_path(run, epoch)} are not the weights that were expected of {run}; "
+            f"`train([run], weights=True)` makes them and their record anew."
+        )
     student = {f"student.{n}": t for n, t in tensors.items() if not n.startswith(PART)}
     return student | within(tensors, PART)
 

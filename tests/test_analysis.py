@@ -296,9 +296,6 @@ def test_gradients_of_an_epoch_that_was_not_kept_are_refused(tiny, wide):
         gradient_cosines(trained, "stc", "ce", [1])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="trained_networks(run, 0) is random where run.start says otherwise"
-)
 def test_epoch_0_of_a_later_stage_is_where_the_stage_starts(tiny, wide):
     first, second = train(multi_stage(tiny(method=STC(wide)), (2, 2)))
     end = gradient_cosines(first, "stc", "ce", [2])

@@ -106,15 +106,15 @@ def test_what_is_made_for_features_is_told_apart(whole):
 
 
 @pytest.mark.parametrize("settings", [{}, {"target": "soft"}, {"target": "label"}])
-def test_collaboration_asks_for_labels_as_kd_does(whole, settings):
+def test_collaboration_asks_for_labels_as_kd_does_and_runs_its_teacher_besides(whole, settings):
     teacher = whole(9)
     runs = [whole(6, seed=seed, method=STC(teacher, **settings)) for seed in range(2)]
     kd = [whole(6, seed=seed, method=KD(teacher)) for seed in range(2)]
-    assert label_sweeps(runs) == label_sweeps(kd)
-    (counted,) = label_sweeps(runs).values()
-    assert (counted.live, counted.features) == (12, 0)
+    (counted,), (labels,) = label_sweeps(runs).values(), label_sweeps(kd).values()
+    assert (counted.live, counted.features) == (24, 12)
+    assert counted.banked - counted.features == pytest.approx(labels.banked)
     truth = STC(teacher, target="truth", kd_weight=0.9)
-    assert label_sweeps([whole(6, method=truth)]) == label_sweeps(kd[:1])
+    assert label_sweeps([whole(6, method=truth)]) == label_sweeps(runs[:1])
 
 
 @pytest.mark.parametrize(

@@ -613,13 +613,19 @@ def test_what_is_left_at_its_default_is_no_part_of_the_description(tiny, teacher
     assert tiny(method=same).id == tiny(method=AttentionTransfer(teacher)).id
 
 
+def test_a_paraphraser_of_another_epoch_is_refused(teacher, paraphraser):
+    with pytest.raises(ValueError, match="no paraphraser of epoch 1 of"):
+        FactorTransfer(teacher, at=1, paraphraser=paraphraser)
+
+
 def test_every_part_of_a_method_changes_the_id(tiny, teacher, paraphraser):
     attention = AttentionTransfer(teacher)
     factor = FactorTransfer(teacher, paraphraser=paraphraser)
-    common = [{}, {"at": 1}, {"ce_weight": 0.1}, {"kd_weight": 0.9}, {"temperature": 5.0}]
+    common = [{}, {"ce_weight": 0.1}, {"kd_weight": 0.9}, {"temperature": 5.0}]
     other = paraphrase(teacher, PARAPHRASING, rate=0.25)
     methods = [replace(method, **change) for method in (attention, factor) for change in common]
     methods += [
+        replace(attention, at=1),
         replace(attention, attention_weight=10.0),
         replace(factor, factor_weight=10.0),
         replace(factor, paraphraser=other),

@@ -209,8 +209,8 @@ def followed(profile, epochs=500, model="resnet20", method=STC, **settings):
     return profile.run("cifar10", model, recipe, made)
 
 
-def test_the_students_of_the_cut_keep_every_25th_of_the_papers_epochs():
-    paper = tuple(range(25, 501, 25))
+def test_the_students_of_the_cut_keep_every_50th_of_the_papers_epochs():
+    paper = tuple(range(50, 501, 50))
     assert followed(PROFILES["paper"]).keep == paper
     for name in ("course", "smoke"):
         run = followed(PROFILES[name])
@@ -229,7 +229,7 @@ def test_all_collaborations_of_one_network_keep_the_same(name):
 
 def test_no_more_is_kept_than_a_shorter_run_has():
     run = followed(PROFILES["paper"], epochs=164)
-    assert run.keep == (25, 50, 75, 100, 125, 150)
+    assert run.keep == (50, 100, 150)
     assert followed(PROFILES["course"], epochs=164).keep[-1] <= 16
 
 
@@ -256,8 +256,8 @@ def test_what_is_asked_for_is_kept_beside_what_a_figure_follows():
     paper = PROFILES["paper"]
     recipe = paper.recipe(500, batch=128, lr=0.1)
     method = STC(paper.run("cifar10", "resnet56", recipe))
-    run = paper.run("cifar10", "resnet20", recipe, method, keep=(3, 25))
-    assert run.keep == (3, *range(25, 501, 25))
+    run = paper.run("cifar10", "resnet20", recipe, method, keep=(3, 50))
+    assert run.keep == (3, *range(50, 501, 50))
 
 
 # --- stand-ins ------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ class Sweeps:
     Attributes:
         live: with a teacher that runs beside every student in every epoch.
         banked: the expected number where labels of one image and view are computed once.
-        features: those among both that a method makes for the teacher's features; no bank has them.
+        features: those among both of a method whose teacher is ``live``; no bank replaces them. One
+            of which only the back runs, as in STC, counts whole.
     """
 
     live: int
@@ -41,10 +42,9 @@ def label_sweeps(runs: Iterable[Run]) -> dict[Anchor, Sweeps]:
         for epoch in range(run.recipe.epochs):
             if (anchor := run.method.labeller(epoch)) is None:
                 continue
-            live[anchor] += 1
-            if not run.method.labelled:
-                features[anchor] += 1
-            else:
+            live[anchor] += run.method.live + run.method.labelled
+            features[anchor] += run.method.live
+            if run.method.labelled:
                 plans[anchor, run.data, run.images].add((run.seed, run.epochs_before + epoch))
     banked: dict[Anchor, float] = Counter(features)
     for (anchor, data, _), different in plans.items():

@@ -147,6 +147,8 @@ class Lane:
                 )
         row = {"epoch": self.epoch + 1, "lr": self.run.recipe.lr_at(self.epoch), **train}
         row |= self._evaluate()
+        if self.epoch + 1 == self.run.recipe.epochs and math.isnan(row["test_ce"]):
+            raise NotFinite(f"The weights of {self.run} left the finite numbers in its last steps.")
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.log.append(row)
         self.epoch += 1

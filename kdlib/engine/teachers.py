@@ -71,8 +71,8 @@ class Teachers:
         """Load ``frozen``; ``images`` are those that the run learns from."""
         for name, lender in self.run.method.frozen().items():
             epoch = lender.recipe.epochs
-            self.note(lender, epoch)
-            part = trained_networks(lender, epoch, images)[name]
+            known = self.note(lender, epoch)
+            part = trained_networks(lender, epoch, images, known)[name]
             self.frozen[name] = part.to(memory_format=torch.channels_last)
 
     def enliven(self, epoch: int, device: torch.device) -> None:

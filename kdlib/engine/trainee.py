@@ -28,9 +28,7 @@ class Trainee:
 
     def __init__(self, run: Run, images: Images, teacher: Staged | None):
         self.device, self.dtype = images.device, training_dtype(images.device)
-        self.networks = build_networks(run, images, teacher)
-        if run.start:
-            self._begin_from(run.start)
+        self.networks = initial_networks(run, images, teacher)
         self.networks.to(self.device, memory_format=torch.channels_last)
         called = {name: self.called(net) for name, net in self.networks.items()}
         self.student, self.parts = called.pop("student"), called
@@ -61,13 +59,6 @@ class Trainee:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-
-    def _begin_from(self, start: Run) -> None:
-        """Its weights, and those of the parts that its method has, too."""
-        saved = store.load_networks(start, start.recipe.epochs)
-        for name, network in self.networks.items():
-            if own := store.within(saved, f"{name}."):
-                load_weights(network, own)
 
     def set_rates(self, epoch: int) -> None:
         for name, recipe in self.recipes.items():
@@ -136,13 +127,44 @@ class Trainee:
             self.scaler.load_state_dict(scaling)
 
 
-def build_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
-    """A run's ``student`` and what its method trains along, at their random start.
+def initial_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
+    """A run's ``student`` and what its method trains along, as they start.
 
     Args:
         images: those it learns from.
         teacher: the labeller, for a method that is ``live``; only its shapes matter.
     """
+    networks = _random_networks(run, images, teacher)
+    if run.start:  # parts of another method stay as they are
+        saved = store.load_networks(run.start, run.start.recipe.epochs)
+        for name, network in networks.items():
+            if own := store.within(saved, f"{name}."):
+                load_weights(network, own)
+    return networks
+
+
+def trained_networks(
+    run: Run, epoch: int, images: Images, expected: str | None = None
+) -> nn.ModuleDict:
+    """A run's ``student`` and parts after ``epoch`` epochs, 0 being their start.
+
+    In eval mode and frozen. Raises StoreError where the store has no such weights, or, given an
+    ``expected`` fingerprint, others.
+    """
+    teacher = None
+    if run.method.live:
+        labeller, _ = run.method.labeller(0)
+        teacher = build_model(labeller.model, images.classes, images.channels, seed=0)
+        teacher = teacher.to(images.device).eval()
+    if epoch == 0:
+        networks = initial_networks(run, images, teacher)
+    else:
+        networks = _random_networks(run, images, teacher)
+        load_weights(networks, store.load_networks(run, epoch, expected))
+    return networks.eval().requires_grad_(False)
+
+
+def _random_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
     weights = mix("weights", run.seed)
     student = build_model(run.model, images.classes, images.channels, weights).to(images.device)
     x = images.batch(torch.arange(2, device=images.device))
@@ -150,19 +172,3 @@ def build_networks(run: Run, images: Images, teacher: Staged | None) -> nn.Modul
         torch.manual_seed(mix("parts", run.seed))
         parts = run.method.parts(student.eval(), teacher, x)
     return nn.ModuleDict({"student": student, **parts}).to(images.device)
-
-
-def trained_networks(run: Run, epoch: int, images: Images) -> nn.ModuleDict:
-    """A run's ``student`` and parts after ``epoch`` epochs, 0 being their random start.
-
-    In eval mode and frozen. Raises StoreError where the store has no such weights.
-    """
-    teacher = None
-    if run.method.live:
-        labeller, _ = run.method.labeller(0)
-        teacher = build_model(labeller.model, images.classes, images.channels, seed=0)
-        teacher = teacher.to(images.device).eval()
-    networks = build_networks(run, images, teacher)
-    if epoch:
-        load_weights(networks, store.load_networks(run, epoch))
-    return networks.eval().requires_grad_(False)

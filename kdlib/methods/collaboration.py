@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import OnLogits, Step
+from kdlib.methods.distill import OnLogits
+from kdlib.models.names import count_stages
 from kdlib.models.staged import batch_norm, conv
 
-# What the collaboration network learns to answer.
-TARGETS: dict[str, Callable[[STC, Tensor, Step], Tensor]] = {
-    "output": lambda stc, logits, step: losses.imitation(logits, step.targets),
-    "soft": lambda stc, logits, step: losses.imitation(logits, step.targets, stc.temperature),
-    "label": lambda stc, logits, step: F.cross_entropy(logits, step.targets.argmax(1)),
-    "truth": lambda stc, logits, step: F.cross_entropy(logits, step.labels),
-}
+TARGETS = ("output", "soft", "label", "truth")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class STC(OnLogits):
     """alpha·C(teacher's back(student's front(x)), target) + (1 - alpha)·the student's own loss.
 
@@ -46,6 +40,8 @@ class STC(OnLogits):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.cut == int(self.cut):  # 2.0 is 2; what is no stage at all, `check` refuses
+            object.__setattr__(self, "cut", int(self.cut))
         if self.target not in TARGETS:
             raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
         if not 0 <= self.alpha <= 1:
@@ -55,35 +51,53 @@ class STC(OnLogits):
     def labelled(self):
         return self.target != "truth" or self.kd_weight != 0
 
-    def parts(self, student, teacher, x):
-        stages = min(len(student.body), len(teacher.body))
+    def check(self, student):
+        stages = min(count_stages(student), count_stages(self.teacher.model))
         if self.cut not in range(1, stages + 1):
             raise ValueError(
-                f"There is no cut after stage {self.cut}: both networks have {stages}."
+                f"There is no cut after stage {self.cut}: {student} and {self.teacher.model} have "
+                f"{stages} stages in common."
             )
+
+    def parts(self, student, teacher, x):
         ours, theirs = (network.until(self.cut, x) for network in (student, teacher))
-        return {} if ours.shape == theirs.shape else {"adapter": adapter(ours, theirs)}
+        return {} if ours.shape == theirs.shape else {"adapter": _adapter(ours, theirs)}
 
     def loss(self, step):
         feature = step.student.until(self.cut, step.x)
         logits = step.student.resume(self.cut, feature)
-        together = self._finish(feature, step.teacher, step.parts)
-        stc = TARGETS[self.target](self, together, step)
+        together = self.collaborate(feature, step.teacher, step.parts)
+        stc = self.imitate(together, step.targets, step.labels)
         terms = self.on_logits(logits, step.labels, step.targets)
         loss = self.alpha * stc + (1 - self.alpha) * terms["loss"]
         return logits, {**terms, "loss": loss, "stc": stc}
 
-    def joined(self, student, teacher, parts):
-        return {"collaboration": lambda x: self._finish(student.until(self.cut, x), teacher, parts)}
-
-    def _finish(self, feature: Tensor, teacher, parts) -> Tensor:
-        """Logits that the teacher makes of the student's feature."""
+    def collaborate(self, feature: Tensor, teacher, parts) -> Tensor:
+        """Logits that the teacher's back makes of the student's feature."""
         if "adapter" in parts:
             feature = parts["adapter"](feature)
         return teacher.resume(self.cut, feature)
 
+    def imitate(self, together: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
+        """C: how far the collaboration's logits are from the target."""
+        match self.target:
+            case "output":
+                return losses.imitation(together, taught)
+            case "soft":
+                return losses.imitation(together, taught, self.temperature)
+            case "label":
+                return F.cross_entropy(together, taught.argmax(1))
+            case "truth":
+                return F.cross_entropy(together, labels)
 
-def adapter(ours: Tensor, theirs: Tensor) -> nn.Sequential:
+    def joined(self, student, teacher, parts):
+        def collaboration(x: Tensor) -> Tensor:
+            return self.collaborate(student.until(self.cut, x), teacher, parts)
+
+        return {"collaboration": collaboration}
+
+
+def _adapter(ours: Tensor, theirs: Tensor) -> nn.Sequential:
     """From one feature's shape ``[b, c, h, w]`` to another's: to its size, then a 1x1 convolution
     with batch norm."""
     size = theirs.shape[2:]

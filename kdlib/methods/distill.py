@@ -65,6 +65,9 @@ class Method:
         """All checkpoints that label a run of this many epochs."""
         return {anchor for e in range(epochs) if (anchor := self.labeller(e)) is not None}
 
+    def check(self, student: str) -> None:
+        """Called as soon as a run is made: raise ValueError where its model cannot learn so."""
+
     def parts(self, student: Staged, teacher: Staged | None, x: Tensor) -> dict[str, nn.Module]:
         """Modules that are trained along with the student, freshly initialised.
 
@@ -134,7 +137,7 @@ class FromTeacher(Method):
         return self.teacher, self.anchor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnLogits(FromTeacher):
     """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) on the student's own logits.
 
@@ -166,7 +169,7 @@ class OnLogits(FromTeacher):
         return {"loss": loss, **terms}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KD(OnLogits):
     """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) (Hinton et al. 2015; RCO Eq. 1).
 

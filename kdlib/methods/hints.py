@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kdlib.runs import Recipe, Run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnFeatures(OnLogits):
     """Adds a weighted term of the stages' features. The teacher runs beside the student, and gives
     its logits as well."""
@@ -33,12 +33,13 @@ class OnFeatures(OnLogits):
     def loss(self, step):
         ours, theirs = step.student.stages(step.x), step.teacher.stages(step.x)
         logits = step.student.head(ours[-1])
-        terms = self.on_logits(logits, step.labels, step.teacher.head(theirs[-1]))
+        taught = step.teacher.head(theirs[-1]) if self.kd_weight else None
+        terms = self.on_logits(logits, step.labels, taught)
         name, weight, term = self.term(ours, theirs, step)
         return logits, {**terms, "loss": terms["loss"] + weight * term, name: term}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hint(OnFeatures):
     """hint_weight·mean (f_s - f_t)² of the last stages' features (RCO Eq. 2).
 
@@ -59,7 +60,7 @@ class Hint(OnFeatures):
         return "hint", self.hint_weight, losses.hint(*_to_one_size(adapter(ours[-1]), theirs[-1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionTransfer(OnFeatures):
     """AT: attention_weight·Σ over stages of mean (q_s - q_t)² (Zagoruyko & Komodakis 2017).
 
@@ -115,7 +116,7 @@ def paraphrase(teacher: Run, recipe: Recipe, rate: float = 0.5) -> Run:
     return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), route=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FactorTransfer(OnFeatures):
     """FT: factor_weight·mean |f_s - f_t| of factors, each L2-normalised (Kim et al. 2018).
 
@@ -127,19 +128,19 @@ class FactorTransfer(OnFeatures):
         paraphraser: made by ``paraphrase``.
         factor_weight: β, 500 in the authors' code.
 
-    Raises ValueError where the paraphraser is not one of this teacher.
+    Raises ValueError where the paraphraser is not one of this teacher and epoch.
     """
 
-    paraphraser: Run = field(kw_only=True)
+    paraphraser: Run
     factor_weight: float = 500.0
 
     def __post_init__(self):
         super().__post_init__()
         method = self.paraphraser.method
-        if not isinstance(method, Paraphrase) or method.teacher != self.teacher:
+        if not isinstance(method, Paraphrase) or method.labeller(0) != self.labeller(0):
             raise ValueError(
-                f"{self.paraphraser} is no paraphraser of {self.teacher}: "
-                f"make it by paraphrase(teacher, recipe)."
+                f"{self.paraphraser} is no paraphraser of epoch {self.anchor} of {self.teacher}: "
+                f"paraphrase(teacher, recipe) makes one of its last."
             )
 
     def frozen(self):

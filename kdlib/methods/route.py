@@ -51,6 +51,9 @@ class OneStage(Method):
         teacher = self.method.teacher
         return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
 
+    def check(self, student):
+        self.method.check(student)
+
     def parts(self, student, teacher, x):
         return self.method.parts(student, teacher, x)
 

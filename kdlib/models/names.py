@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -52,6 +52,13 @@ def builder(name: str) -> Callable[..., Staged]:
     if family is None or scale is None:
         raise UnknownName("model", name, EXAMPLES)
     return partial(family, scale=scale)
+
+
+@lru_cache
+def count_stages(name: str) -> int:
+    """How many stages a network has; nothing is computed for it."""
+    with torch.device("meta"):
+        return len(builder(name)(classes=2, channels=1).body)
 
 
 def _family(base: str) -> Callable[..., Staged] | None:
