@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdlib import build_model, count_cost, files
 from kdlib.errors import UnknownName
 from kdlib.models import load_weights
+from kdlib.models.densenet import DenseLayer
+from kdlib.models.shufflenet import Unit
 
 FAMILIES = [
     "resnet8",
@@ -15,6 +17,9 @@ FAMILIES = [
     "wrn-10-1",
     "wrn-16-2-x0.25",
     "vgg13-x0.125",
+    "densenet-bc-22-4",
+    "googlenet-x0.0625",
+    "shufflenetv2-x0.125",
 ]
 
 
@@ -62,6 +67,15 @@ def test_resnet50_has_the_size_of_rcos_teacher():
         ("resnet32", 100, 472_756, None),
         ("resnet14", 100, 181_108, None),
         ("mobilenetv2-t6-w0.5", 100, 812_836, 6.5),
+        ("mobilenetv2", 10, 2_237_770, 89.0),
+        ("densenet-bc-100-12", 10, 769_162, 287.9),
+        ("densenet-bc-100-12", 100, 800_032, 288.0),
+        ("densenet-bc-100-7", 10, 268_221, 98.1),
+        ("densenet-bc-75-9", 10, 241_606, 92.8),
+        ("densenet-bc-50-12", 10, 218_470, 88.5),
+        ("densenet-bc-100-7", 100, 286_221, None),
+        ("densenet-bc-75-9", 100, 257_626, None),
+        ("densenet-bc-50-12", 100, 232_330, None),
     ],
 )
 def test_networks_have_their_known_sizes(name, classes, params, mega_macs):
@@ -71,7 +85,7 @@ def test_networks_have_their_known_sizes(name, classes, params, mega_macs):
     assert mega_macs is None or round(cost.macs / 1e6, 1) == mega_macs
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenetv2-t4-w0.35", "wrn-10-2", "vgg13-x0.25"])
+@pytest.mark.parametrize("name", [*FAMILIES[:4], *FAMILIES[-4:]])
 def test_cost_equals_an_independent_count(name):
     model, x = build_model(name, classes=10, channels=1).eval(), torch.zeros(1, 1, 16, 16)
     norms = []
@@ -86,6 +100,25 @@ def test_cost_equals_an_independent_count(name):
     assert cost.norms == counted
     assert cost.flops == counter.get_total_flops() + 2 * counted
     assert cost.params == sum(p.numel() for p in model.parameters())
+
+
+def test_blocks_of_densenet_and_shufflenet_compute_what_torchvisions_do():
+    from torchvision.models.densenet import _DenseLayer
+    from torchvision.models.shufflenetv2 import InvertedResidual
+
+    x = torch.randn(2, 8, 6, 6, generator=torch.manual_seed(0))
+    dense, halving, plain = DenseLayer(8, 3), Unit(8, 12, 2), Unit(8, 8, 1)
+    theirs = [_DenseLayer(8, 3, bn_size=4, drop_rate=0), InvertedResidual(8, 12, 2)]
+    theirs.append(InvertedResidual(8, 8, 1))
+    # torchvision names the branch that passes first, and so does a sorted state
+    order = {0: list(dense.state_dict()), 1: None, 2: list(plain.state_dict())}
+    order[1] = sorted(halving.state_dict(), key=lambda name: not name.startswith("beside"))
+    for k, (ours, other) in enumerate(zip([dense, halving, plain], theirs, strict=True)):
+        names = [n for n in other.state_dict() if not n.endswith("num_batches_tracked")]
+        state = dict(zip(names, (ours.state_dict()[n] for n in order[k]), strict=True))
+        other.load_state_dict(state, strict=False)
+        expected = other(x) if k else torch.cat([x, other(x)], 1)
+        torch.testing.assert_close(ours(x), expected)
 
 
 def test_counting_leaves_the_model_as_it_was():

@@ -38,16 +38,21 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def mobilenetv2(
-    expansion: int, width: float, classes: int, channels: int, scale: float = 1.0
+    expansion: int,
+    width: float,
+    classes: int,
+    channels: int,
+    scale: float = 1.0,
+    stem_stride: int = 2,
 ) -> Staged:
     """MobileNetV2 with expansion ratio T and width multiplier W.
 
-    Stem of stride 2, widths truncated (not rounded to multiples of 8), ReLU, the last 1x1
+    Stem of stride 2 (1 in the version usual on CIFAR), widths truncated (not rounded to multiples of 8), ReLU, the last 1x1
     convolution 1,280 wide at every W ≤ 1, no dropout.
     """
     width *= scale
     inputs = _scaled(32, width)
-    stem = nn.Sequential(conv(channels, inputs, 3, 2), batch_norm(inputs), nn.ReLU(True))
+    stem = nn.Sequential(conv(channels, inputs, 3, stem_stride), batch_norm(inputs), nn.ReLU(True))
     body = []
     for groups in STAGES:
         blocks = []

@@ -7,17 +7,31 @@ from functools import lru_cache, partial
 import torch
 
 from kdlib.errors import UnknownName
+from kdlib.models.densenet import densenet_bc
+from kdlib.models.googlenet import googlenet
 from kdlib.models.mobilenet import mobilenetv2
 from kdlib.models.resnet import cifar_resnet, resnet50
+from kdlib.models.shufflenet import shufflenetv2
 from kdlib.models.staged import Staged
 from kdlib.models.vgg import vgg13
 from kdlib.models.wide_resnet import wide_resnet
 
+WHOLE = {
+    "resnet50": resnet50,
+    "vgg13": vgg13,
+    "googlenet": googlenet,
+    "shufflenetv2": shufflenetv2,
+    "mobilenetv2": partial(mobilenetv2, 6, 1.0, stem_stride=1),
+}
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 EXAMPLES = [
-    *(f"resnet{depth}" for depth in (*RESNET_DEPTHS, 50)),
+    *(f"resnet{depth}" for depth in RESNET_DEPTHS),
     *(f"wrn-{depth}-{width}" for depth, width in ((16, 1), (16, 2), (40, 1), (46, 4))),
-    "vgg13",
+    *(
+        f"densenet-bc-{depth}-{growth}"
+        for depth, growth in ((100, 12), (50, 12), (75, 9), (100, 7))
+    ),
+    *WHOLE,
     *(f"mobilenetv2-t{t}-w{w}" for t in (4, 6, 8, 10) for w in (0.35, 0.5, 0.75, 1.0)),
 ]
 
@@ -27,8 +41,9 @@ def build_model(name: str, classes: int, channels: int = 3, seed: int | None = N
 
     Args:
         name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50``, ``wrn-<depth>-<width>`` of a depth
-            6n + 4, ``vgg13`` or ``mobilenetv2-t<T>-w<W>``; a suffix ``-x<width>`` multiplies
-            every width.
+            6n + 4, ``densenet-bc-<depth>-<growth rate>``, ``vgg13``, ``googlenet``,
+            ``shufflenetv2``, ``mobilenetv2-t<T>-w<W>`` or ``mobilenetv2``, which is T = 6, W = 1
+            with a stem of stride 1; a suffix ``-x<width>`` multiplies every width.
         classes: number of logits.
         channels: of the images.
         seed: of the initial weights; the caller's random state is left alone. None draws from it.
@@ -62,8 +77,8 @@ def count_stages(name: str) -> int:
 
 
 def _family(base: str) -> Callable[..., Staged] | None:
-    if base in (whole := {"resnet50": resnet50, "vgg13": vgg13}):
-        return whole[base]
+    if base in WHOLE:
+        return WHOLE[base]
     if match := re.fullmatch(r"resnet(\d+)", base):
         depth = int(match[1])
         if depth in RESNET_DEPTHS:
@@ -72,6 +87,10 @@ def _family(base: str) -> Callable[..., Staged] | None:
         depth, width = int(match[1]), int(match[2])
         if depth > 4 and depth % 6 == 4 and width:
             return partial(wide_resnet, depth, width)
+    if match := re.fullmatch(r"densenet-bc-(\d+)-(\d+)", base):
+        depth, growth = int(match[1]), int(match[2])
+        if depth >= 10 and growth:
+            return partial(densenet_bc, depth, growth)
     if match := re.fullmatch(r"mobilenetv2-t(\d+)-w([\d.]+)", base):
         expansion, width = int(match[1]), _number(match[2])
         if expansion and width:
