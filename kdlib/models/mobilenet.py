@@ -48,8 +48,7 @@ def mobilenetv2(
     """MobileNetV2 with expansion ratio T and width multiplier W.
 
     Stem of stride 2 (1 in the version usual on CIFAR), widths truncated (not rounded to multiples
-    of 8), ReLU, the last 1x1
-    convolution 1,280 wide at every W ≤ 1, no dropout.
+    of 8), ReLU, the last 1x1 convolution 1,280 wide at every W ≤ 1, no dropout.
     """
     width *= scale
     inputs = _scaled(32, width)
