@@ -147,7 +147,7 @@ class Exhibit:
                 "ours": [_bounded(v) for v in self._verdicts],
                 "paper": table.paper.map(lambda x: "" if np.isnan(x) else f"{x:.4g}"),
                 "n": table.n,
-                "verdict": [_worded(v) for v in self._verdicts],
+                "verdict": [worded(v) for v in self._verdicts],
             }
         )
         return shown.set_index("claim")
@@ -284,10 +284,19 @@ def claimed(verdict: Verdict) -> str:
     return f"{verdict.says.rstrip('.')}: {verdict.id.split('/', 3)[3]}"
 
 
-def _worded(verdict: Verdict) -> str:
-    if verdict.verdict != "direction only" or verdict.as_claimed is None:
+def worded(verdict: Verdict) -> str:
+    """The verdict and, where it is of the direction only, on which side our estimate lies."""
+    if verdict.verdict != "direction only" or verdict.as_claimed not in (True, False):
         return verdict.verdict
-    return "direction only: " + ("as claimed" if verdict.as_claimed else "opposite")
+    if verdict.as_claimed:
+        side = "as claimed"
+    elif verdict.kind == "equal":
+        side = "not equal"
+    elif verdict.estimate == 0:
+        side = "a tie"
+    else:
+        side = "weaker than claimed" if verdict.estimate > 0 else "opposite"
+    return f"direction only: {side}"
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable
+from numbers import Real
 
 from IPython.display import Markdown
 
@@ -24,8 +25,8 @@ def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
         print("Not answered yet.")
         return
     if isinstance(expected, str):
-        right = str(answer).casefold() == expected.casefold()
-    elif isinstance(expected, bool) or not isinstance(answer, float | int):
+        right = str(answer).strip("`'\" ").casefold() == expected.casefold()
+    elif isinstance(expected, bool) or not isinstance(answer, Real):
         right = answer == expected
     else:
         right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)

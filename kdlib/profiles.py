@@ -64,6 +64,11 @@ class Profile:
         return self.length == 1 and not (self.datasets or self.models or self.images or self.axis)
 
     @property
+    def stamp(self) -> str:
+        """What stands at a table of numbers besides the exhibit's own."""
+        return self.folder if self.evidence else f"{self.folder}: no evidence"
+
+    @property
     def folder(self) -> str:
         """Name of the results folder: another data set's numbers never overwrite the profile's."""
         thinned = [f"keep-route={self.keep_route}"] if self.keep_route > 1 else []

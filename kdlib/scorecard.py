@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from kdlib import files, plots
 from kdlib.claims import Verdict, all_claims, judge
-from kdlib.exhibits import claimed, current_commit
+from kdlib.exhibits import claimed, current_commit, worded
 from kdlib.profiles import Profile
 
 PAPERS = {
@@ -66,7 +66,7 @@ def forest(table: pd.DataFrame) -> Figure:
 
     Left, 0 is the paper's number and the grey band the tolerance. Right, 1 is the paper's gap, 0 no
     gap at all. A triangle at the border stands for an estimate beyond it. Claims that the paper
-    gives no number for are in the page's tables alone.
+    gives no number for, or that say "equal", are in the page's tables alone.
     """
     value = table.kind == "value"
     # A value from another data set or schedule is no measure of the paper's.
@@ -75,7 +75,7 @@ def forest(table: pd.DataFrame) -> Figure:
     ].copy()
     value = run.kind == "value"
     run["scale"] = np.where(value, run.tolerance, run.paper.abs())
-    run = run[run.scale > 0]
+    run = run[(run.scale > 0) & (run.kind != "equal")]
     parts = {"value": run[run.kind == "value"], "gap": run[run.kind != "value"]}
     height = 0.9 + 0.17 * max((len(part) for part in parts.values()), default=1)
     figure = Figure(figsize=(11, min(max(height, 2.5), 60)), layout="constrained")
@@ -150,16 +150,11 @@ def write_page(profile: Profile) -> Path:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Claims with the paper's number and ours, as the page shows them."""
     rows = [
-        (c.exhibit, claimed(c), _html_number(c.paper), _html_estimate(c), c.n, _worded(c))
+        (c.exhibit, claimed(c), _html_number(c.paper), _html_estimate(c), c.n, worded(c))
         for c in table.itertuples()
     ]
     columns = ["exhibit", "claim", "paper", "ours (95 %)", "seeds", "verdict"]
     return pd.DataFrame(rows, columns=columns).set_index("exhibit")
-
-
-def _worded(claim) -> str:
-    sign = {True: ": as claimed", False: ": opposite"}.get(claim.as_claimed, "")
-    return claim.verdict + (sign if claim.verdict == "direction only" else "")
 
 
 def _short(claim) -> str:
@@ -174,7 +169,7 @@ def _claims_html(table: pd.DataFrame) -> str:
             f"<tr><td>{html.escape(claim.exhibit)}</td><td>{html.escape(claimed(claim))}</td>"
             f"<td>{html.escape(claim.where)}</td><td class=n>{_html_number(claim.paper)}</td>"
             f"<td class=n>{_html_estimate(claim)}</td>"
-            f"<td><b style='color:{color}'>■</b> {_worded(claim)}</td></tr>"
+            f"<td><b style='color:{color}'>■</b> {worded(claim)}</td></tr>"
         )
     head = "<tr><th>exhibit<th>claim<th>where<th>paper<th>ours (95 %)<th>verdict</tr>"
     return f"<table>{head}{''.join(rows)}</table>"
