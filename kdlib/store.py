@@ -129,11 +129,6 @@ def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
     return _frozen(run.model, student), found
 
 
-def load_part(run: Run, epoch: int, model: str, part: str = "peer") -> Staged:
-    """A network that was trained along, such as a peer, in eval mode and frozen."""
-    return _frozen(model, within(load_networks(run, epoch), f"{part}."))
-
-
 def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
     classes = next(len(tensor) for tensor in weights.values() if tensor.ndim == 2)
     network = build_model(model, classes, weights["stem.0.weight"].shape[1], seed=0)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import same_log
 from PIL import Image
 
 from kdlib import Recipe, Run, store, train
@@ -141,3 +142,23 @@ def only_records(tmp_path, monkeypatch):
         monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "fresh"))
 
     return forget
+
+
+@pytest.fixture
+def assert_resumes(elsewhere, train_until, epochs_trained):
+    """That a run of three epochs, stopped after two, ends as one that was never stopped."""
+
+    def check(run):
+        (expected,) = elsewhere(run)
+        train_until(run, 2)
+        epochs_trained.clear()
+        resumed = train([run])[0]
+        assert epochs_trained == [(run.id, 3)]
+        assert resumed.closing["weights"] == expected.closing["weights"]
+        assert resumed.closing["teachers"] == expected.closing["teachers"]
+        assert same_log(resumed, expected)
+        path = store.weights_path(run, 3)
+        other = path.parent.parent.parent / "elsewhere" / run.id / path.name
+        assert path.read_bytes() == other.read_bytes()
+
+    return check

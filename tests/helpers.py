@@ -9,6 +9,7 @@ from kdlib.engine.bank import Shelf
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import plan
 from kdlib.engine.teachers import Teachers
+from kdlib.engine.trainee import trained_networks
 from kdlib.methods import Step
 from kdlib.store import fingerprint
 
@@ -43,7 +44,8 @@ def new_lane(run):
 def peer_of(trained, epoch=None):
     """The peer's network, the run's method naming it."""
     run = trained.run
-    return store.load_part(run, epoch or run.recipe.epochs, run.method.peer)
+    images = load_data(run.data).first(run.images)
+    return trained_networks(run, epoch or run.recipe.epochs, images)["peer"]
 
 
 def parts_of(trained, epoch=None):

@@ -341,17 +341,9 @@ def test_what_a_teacher_keeps_makes_no_other_paraphraser(tiny, teacher):
     FactorTransfer(same, paraphraser=paraphrase(teacher, PARAPHRASING))
 
 
-def test_a_resumed_paraphraser_equals_an_uninterrupted_one(
-    teacher, elsewhere, train_until, epochs_trained
-):
+def test_a_resumed_paraphraser_equals_an_uninterrupted_one(teacher, assert_resumes):
     run = paraphrase(teacher, replace(PARAPHRASING, epochs=3, milestones=(1,)))
-    (expected,) = elsewhere(run)
-    train_until(run, 2)
-    epochs_trained.clear()
-    resumed = train([run])[0]
-    assert epochs_trained == [(run.id, 3)]
-    assert resumed.closing["weights"] == expected.closing["weights"]
-    assert same_log(resumed, expected)
+    assert_resumes(run)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -549,24 +541,14 @@ def test_a_resumed_student_starts_anew_where_its_paraphraser_moved(
 
 @pytest.mark.parametrize("name", ["attention", "factor"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny, teacher, paraphraser, elsewhere, train_until, epochs_trained, name
+    tiny, teacher, paraphraser, name, assert_resumes
 ):
     method = {
         "attention": AttentionTransfer(teacher),
         "factor": FactorTransfer(teacher, paraphraser=paraphraser, **WITH_KD),
     }[name]
     run = tiny(epochs=3, milestones=(1,), method=method)
-    (expected,) = elsewhere(run)
-    train_until(run, 2)
-    epochs_trained.clear()
-    resumed = train([run])[0]
-    assert epochs_trained == [(run.id, 3)]
-    assert resumed.closing["weights"] == expected.closing["weights"]
-    assert resumed.closing["teachers"] == expected.closing["teachers"]
-    assert same_log(resumed, expected)
-    path = store.weights_path(run, 3)
-    other = path.parent.parent.parent / "elsewhere" / run.id / path.name
-    assert path.read_bytes() == other.read_bytes()
+    assert_resumes(run)
 
 
 def test_lanes_side_by_side_equal_runs_one_by_one(tiny, teacher, paraphraser, elsewhere):

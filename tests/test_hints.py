@@ -185,21 +185,9 @@ def test_the_log_says_how_far_the_student_is_from_its_teachers_logits(tiny, teac
     assert log.train_loss.tolist() == pytest.approx((log.train_ce + log.train_hint).tolist())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny, teacher, elsewhere, train_until, epochs_trained
-):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, teacher, assert_resumes):
     run = tiny(epochs=3, milestones=(1,), method=OneStage(Hint(teacher), gap=1))
-    (expected,) = elsewhere(run)
-    train_until(run, 2)
-    epochs_trained.clear()
-    resumed = train([run])[0]
-    assert epochs_trained == [(run.id, 3)]
-    assert resumed.closing["weights"] == expected.closing["weights"]
-    assert resumed.closing["teachers"] == expected.closing["teachers"]
-    assert same_log(resumed, expected)
-    path = store.weights_path(run, 3)
-    other = path.parent.parent.parent / "elsewhere" / run.id / path.name
-    assert path.read_bytes() == other.read_bytes()
+    assert_resumes(run)
 
 
 def test_lanes_side_by_side_equal_runs_one_by_one(tiny, teacher, elsewhere):

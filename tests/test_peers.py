@@ -173,20 +173,9 @@ def test_no_teacher_is_needed(tiny, method):
 
 
 @every_method
-def test_a_resumed_pair_equals_an_uninterrupted_one(
-    tiny, elsewhere, train_until, epochs_trained, method
-):
+def test_a_resumed_pair_equals_an_uninterrupted_one(tiny, method, assert_resumes):
     run = tiny(epochs=3, milestones=(2,), method=method)
-    (expected,) = elsewhere(run)
-    train_until(run, 2)
-    epochs_trained.clear()
-    resumed = train([run])[0]
-    assert epochs_trained == [(run.id, 3)]
-    assert resumed.closing["weights"] == expected.closing["weights"]
-    assert same_log(resumed, expected)
-    path = store.weights_path(run, 3)
-    other = path.parent.parent.parent / "elsewhere" / run.id / path.name
-    assert path.read_bytes() == other.read_bytes()
+    assert_resumes(run)
 
 
 def test_pairs_side_by_side_equal_pairs_one_by_one(tiny, elsewhere):
