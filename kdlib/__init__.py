@@ -11,6 +11,7 @@ from kdlib.methods import (
     AttentionTransfer,
     CrossEntropy,
     FactorTransfer,
+    GateSearch,
     Hint,
     MutualLearning,
     OneStage,
@@ -21,6 +22,7 @@ from kdlib.methods import (
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
 from kdlib.store import Trained, measure
+from kdlib.student_search import FoundStudent
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "AttentionTransfer",
     "CrossEntropy",
     "FactorTransfer",
+    "FoundStudent",
+    "GateSearch",
     "GreedySearch",
     "Hint",
     "KdlibError",

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 
 from kdlib import files, plots, store
@@ -24,7 +26,7 @@ from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
 # Exhibits of the book itself: nothing is published to compare them with.
-OWN = ("book/start_here", "stc/cut")
+OWN = ("book/start_here", "stc/cut", "search/control")
 PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "matplotlib", "scipy")
 
 
@@ -169,6 +171,21 @@ class Exhibit:
             figure.savefig(buffer, format=kind, metadata=metadata)
             self._write(f"{name}.{kind}", buffer.getvalue(), about)
         self._write(f"{name}.csv", data.to_csv(index=False), about)
+
+    def animation(self, frames: FuncAnimation, alt: str, name: str = "animation") -> bytes:
+        """Save an animation as GIF and return it.
+
+        Args:
+            alt: what it shows, for who cannot see it.
+        """
+        if self.used and not self.profile.evidence:
+            plots.stamp(frames._fig, NO_EVIDENCE)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "frames.gif"
+            frames.save(path, writer="pillow")
+            content = path.read_bytes()
+        self._write(f"{name}.gif", content, self.provenance() | {"alt": alt})
+        return content
 
     # --- recording --------------------------------------------------------------------------------
 

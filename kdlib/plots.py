@@ -1,15 +1,19 @@
 """One style for every figure: colour-blind safe, never colour alone, legible in print."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+import seaborn
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from kdlib.connections import DenseBlock
 
 # Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -123,6 +127,43 @@ def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
     marks = {"paper": paper, copied: paper | {"mfc": "none"}, "ours": OURS, other: OTHER}
     handles = [Line2D([], [], ls="", label=label, **mark) for label, mark in marks.items() if label]
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
+
+
+def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
+    """Drop rates of every block of a DenseNet: connections, bottlenecks, transition."""
+    blocks = list(blocks)
+    grid = figure.subplots(3, len(blocks), gridspec_kw={"height_ratios": (8, 1, 1)}, squeeze=False)
+    look = {"vmin": 0, "vmax": 1, "cmap": "cividis_r", "linewidths": 0.4, "linecolor": "white"}
+    for k, (block, column) in enumerate(zip(blocks, grid.T, strict=True)):
+        inputs = block.inputs.pivot(index="source", columns="layer", values="drop_rate")
+        strips = {
+            "bottleneck": block.bottlenecks.set_index("layer").drop_rate,
+            "transition": block.transition.set_index("source").drop_rate,
+        }
+        tables = [inputs, *(strip.to_frame().T for strip in strips.values())]
+        for axes, table in zip(column, tables, strict=True):
+            axes.grid(visible=False)
+            if table.empty:
+                axes.set_axis_off()
+                continue
+            bar = {"cbar": False, "xticklabels": [_source(c) for c in table.columns]}
+            seaborn.heatmap(table, ax=axes, **look, **bar, yticklabels=False, square=False)
+            axes.tick_params(length=0, labelsize=5.5, rotation=0)
+            axes.set(xlabel="", ylabel="")
+        column[0].set_yticks(np.arange(len(inputs)) + 0.5, map(_source, inputs.index), fontsize=5.5)
+        column[0].set_title(f"dense block {k + 1}")
+        column[0].set_xlabel("layer that reads", fontsize=7)
+        if k == 0:
+            column[0].set_ylabel("whose channels", fontsize=7)
+            for axes, name in zip(column[1:], strips, strict=True):
+                axes.set_ylabel(name, fontsize=6.5, rotation=0, ha="right", va="center")
+    shades = figure.colorbar(column[0].collections[0], ax=grid, shrink=0.8, aspect=40, pad=0.01)
+    shades.set_label("drop rate: removed over present", fontsize=7)
+    shades.ax.tick_params(labelsize=6)
+
+
+def _source(number: float) -> str:
+    return "stem" if number < 0 else f"{number:.0f}"
 
 
 def stamp(figure: Figure, text: str) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kdlib.data import canonical_name, label
 from kdlib.errors import UnknownName
-from kdlib.methods import KD, STC, CrossEntropy, Method
+from kdlib.methods import KD, STC, CrossEntropy, GateSearch, Method
 from kdlib.runs import Recipe, Run
 
 # The paper's epochs that RCO's teachers keep however thin a route is made. All its fixed anchors
@@ -25,6 +25,7 @@ FOLLOWED = {
     ("mobilenetv2-t4-w0.35", CrossEntropy): range(1, 241),  # RCO's Figure 5
     ("mobilenetv2-t4-w0.35", KD): range(1, 241),
     ("resnet20", STC): range(50, 501, 50),  # where to cut
+    ("densenet-bc-100-12", GateSearch): range(2, 301, 2),  # the search, epoch by epoch
 }
 
 
@@ -42,6 +43,7 @@ class Profile:
         axis: of each axis of a grid of networks, take the first so many; None for all.
         keep_route: of a teacher whose route is learned from, keep the weights of every so many of
             the paper's epochs, besides ``RCO_ROUTE``.
+        sparsity: factor on the strength of a search's penalty: in fewer steps it must push harder.
         evidence: whether a result may count for or against a paper at all.
         stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
     """
@@ -55,6 +57,7 @@ class Profile:
     images: int | None = None
     axis: int | None = None
     keep_route: int = 1
+    sparsity: float = 1
     evidence: bool = True
     stand_ins: tuple[str, ...] = ()
 
@@ -94,6 +97,10 @@ class Profile:
         """The values of one axis of a grid of networks that are run."""
         return tuple(axis)[: self.axis]
 
+    def strength(self, paper: float) -> float:
+        """A search's λ₂."""
+        return paper * self.sparsity
+
     @property
     def grid_seeds(self) -> tuple[int, ...]:
         """The seeds of a grid of networks: one where the grid is thinned, too."""
@@ -118,10 +125,12 @@ class Profile:
         seed: int = 0,
         keep: Iterable[int] = (),
         route: bool = False,
+        start: Run | None = None,
     ) -> Run:
         """A run named as the paper names it.
 
         Args:
+            start: the run that it begins from.
             keep: the paper's epochs whose weights are kept.
             route: of a teacher whose route is learned from: keep ``route(recipe)`` and what tells
                 how far a student is from every epoch.
@@ -136,6 +145,7 @@ class Profile:
             method=method,
             seed=seed,
             images=self.images,
+            start=start,
             keep=kept,
             route=route,
         )
@@ -187,6 +197,25 @@ SMALL_PAIRS = {
     "vgg13": "vgg13-x0.125",
 }
 
+# The teacher of the student search with a quarter of its layers, and students of about a third of
+# its parameters or multiply-accumulates on 8x8 images, where there are such.
+SMALL_SEARCH = {
+    "densenet-bc-100-12": "densenet-bc-28-6",
+    "densenet-bc-50-12": "densenet-bc-16-5",
+    "densenet-bc-75-9": "densenet-bc-22-4",
+    "densenet-bc-100-7": "densenet-bc-28-3",
+    "resnet20-x0.96": "resnet8-x0.35",
+    "resnet44-x0.96": "resnet14-x0.35",
+    "vgg13-x0.16": "vgg13-x0.03",
+    "vgg13-x0.63": "vgg13-x0.11",
+    "googlenet-x0.2": "googlenet-x0.04",
+    "googlenet-x0.24": "googlenet-x0.05",
+    "shufflenetv2-x0.32": "shufflenetv2-x0.02",
+    "shufflenetv2-x1.48": "shufflenetv2-x0.18",
+    "mobilenetv2-x0.25": "mobilenetv2-x0.02",
+    "mobilenetv2": "mobilenetv2-x0.15",
+}
+
 PROFILES = {
     "smoke": Profile(
         name="smoke",
@@ -194,9 +223,10 @@ PROFILES = {
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS},
+        models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS, **SMALL_SEARCH},
         images=1000,
         axis=2,
+        sparsity=300,
         evidence=False,
     ),
     "course": Profile(
@@ -205,6 +235,7 @@ PROFILES = {
         length=1 / 10,
         seeds=(0, 1, 2),
         models={"resnet50": "resnet50-x0.5"},
+        sparsity=10,
     ),
     "paper": Profile(
         name="paper",

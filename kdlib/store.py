@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kdlib import files
 from kdlib.errors import StoreError
 from kdlib.models import Staged, build_model, load_weights
+from kdlib.models.architecture import MARK, places_of
 from kdlib.runs import ENGINE_VERSION, Run
 
 # In a checkpoint, before the names of what was trained along.
@@ -214,6 +215,11 @@ class Trained:
     closing: dict
 
     @property
+    def epochs(self) -> int:
+        """How many it took: fewer than its recipe's where its method ended it."""
+        return len(self.log)
+
+    @property
     def final(self) -> dict:
         """The last epoch's row, and its ``test_error`` in %."""
         row = self.log.iloc[-1].to_dict()
@@ -264,13 +270,18 @@ def _read_record(run: Run, path: Path) -> Trained:
     head, *log, last = map(json.loads, path.read_text().splitlines())
     if head["run"] != json.loads(json.dumps(run.description)):
         raise ValueError("it describes another run")
-    if [row["epoch"] for row in log] != list(range(1, run.recipe.epochs + 1)):
+    whole = len(log) if last["closing"].get("arrived") else run.recipe.epochs
+    if [row["epoch"] for row in log] != list(range(1, whole + 1)):
         raise ValueError("epochs are missing")
     return Trained(run, pd.DataFrame(log), last["closing"])
 
 
 def copy_record(run: Run, destination: Path) -> None:
-    """Copy a run's record and measurements from the store to a profile's records."""
+    """Copy a run's record and measurements from the store to a profile's records, and where its
+    model is an architecture that was found, that."""
+    if MARK in run.model:
+        source = next(path for path in places_of(run.model) if path.exists())
+        files.write_atomic(destination / source.name, source.read_bytes())
     for path in folder(run).glob("measure-*.json"):
         files.write_atomic(destination / f"{run.id}.{path.name}", path.read_bytes())
     if (record := folder(run) / "record.jsonl").exists():
@@ -291,11 +302,15 @@ def _saved_fingerprint(path: Path) -> str | None:
 
 
 def holds_weights(trained: Trained, epochs: Iterable[int]) -> bool:
-    """Whether the store has these checkpoints, and they are those that the record tells of."""
-    told = trained.closing["weights"]
+    """Whether the store has these checkpoints, and they are those that the record tells of.
+
+    Of a run that ended before its recipe did, those of epochs that it had, and its last.
+    """
+    told, last = trained.closing["weights"], trained.run.recipe.epochs
     return all(
         str(epoch) in told and told[str(epoch)] == saved_fingerprint(trained.run, epoch)
         for epoch in epochs
+        if epoch <= trained.epochs or epoch == last
     )
 
 

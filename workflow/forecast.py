@@ -17,7 +17,6 @@ import book
 import kdlib
 from kdlib.engine.budget import ancestry, label_sweeps
 from kdlib.errors import DataError
-from kdlib.greedy import GreedySearch
 from kdlib.profiles import PROFILES
 from kdlib.runs import Run
 
@@ -54,7 +53,7 @@ def declared(notebook: book.Notebook, **parameters) -> list[Run]:
     except Declared as asked:
         runs: list[Run] = []
         for item in asked.args[0]:
-            runs += item.foreseen() if isinstance(item, GreedySearch) else [item]
+            runs += [item] if isinstance(item, Run) else item.foreseen()
         return runs
     finally:
         kdlib.train = train

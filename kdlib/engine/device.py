@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import platform
 import resource
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -72,6 +74,10 @@ class InFloat32:
     def resume(self, stage: int, feature: Tensor) -> Tensor:
         """As ``Staged.resume``."""
         return self._float32(self.network.resume, stage, feature)
+
+    def with_weights(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Called with these in place of its parameters of the same names."""
+        return self._float32(functional_call, self.network, weights, (x,))
 
     def head(self, feature: Tensor) -> Tensor:
         """Logits from the last stage's feature."""

@@ -59,8 +59,10 @@ class Lane:
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.meter: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps = self.taken = 0
         self.epoch = 0
+        # Of a run that may end before its recipe does.
+        self.watched = self.arrived = False
         self.log: list[dict] = []
         # Fingerprints of weights and logits kept, by epoch.
         self.weights: dict[str, str] = {}
@@ -93,6 +95,8 @@ class Lane:
             self.targets[: self.steps].copy_(flat.view(self.steps, run.recipe.batch, -1))
         self.trainee.set_rates(self.epoch)
         self.cursor.zero_()
+        self.taken = 0
+        self.watched = run.method.may_arrive(self.trainee.networks)
         for total in self.meter.values():
             total.zero_()
         self.trainee.networks.train()
@@ -108,6 +112,16 @@ class Lane:
                 self.graph.replay()
         else:
             self.step()
+        self.taken += 1
+        if self.watched:
+            self._synchronise()
+            if self.run.method.arrived(self.trainee.networks):
+                self.steps = self.taken  # the epoch ends here
+
+    def _synchronise(self) -> None:
+        """Let what is read next wait for the steps."""
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def step(self) -> None:
         """The whole of training: gather, forward, loss, backward, update, account."""
@@ -135,8 +149,7 @@ class Lane:
 
     def end_epoch(self) -> dict:
         """Read the meters once, evaluate, keep what is to be kept, and return the epoch's row."""
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self._synchronise()
         train = {f"train_{name}": total.item() / self.steps for name, total in self.meter.items()}
         for term, value in train.items():
             if not math.isfinite(value):
@@ -146,35 +159,37 @@ class Lane:
                     f"past this point: describe another run, with a lower learning rate, say."
                 )
         row = {"epoch": self.epoch + 1, "lr": self.run.recipe.lr_at(self.epoch), **train}
-        row |= self._evaluate()
-        if self.epoch + 1 == self.run.recipe.epochs and math.isnan(row["test_ce"]):
+        row |= self.run.method.told(self.trainee.networks) | self._evaluate()
+        self.arrived = self.run.method.arrived(self.trainee.networks)
+        self.epoch += 1
+        if self.finished and math.isnan(row["test_ce"]):
             raise NotFinite(f"The weights of {self.run} left the finite numbers in its last steps.")
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.log.append(row)
-        self.epoch += 1
-        if self.epoch in self.kept_epochs:
-            self.weights[str(self.epoch)] = store.save_networks(
-                self.run, self.epoch, self.trainee.networks
-            )
+        for epoch in self._to_keep():
+            networks = self.trainee.networks
+            self.weights[str(epoch)] = store.save_networks(self.run, epoch, networks)
         if self.run.route:
             self._keep_logits()
         if not self.finished:
             self._save_state()
         return row
 
-    @property
-    def kept_epochs(self) -> set[int]:
-        return {*self.run.keep, self.run.recipe.epochs}
+    def _to_keep(self) -> set[int]:
+        """As which epochs the weights are filed: the last are the recipe's last in every case."""
+        kept = {self.epoch} & {*self.run.keep}
+        return kept | {self.run.recipe.epochs} if self.finished else kept
 
     @property
     def finished(self) -> bool:
-        return self.epoch == self.run.recipe.epochs
+        return self.arrived or self.epoch == self.run.recipe.epochs
 
     def close(self) -> None:
         """Write the record of a finished run and drop its resume state."""
         closing = {
             "weights": self.weights,
             "teachers": self.teachers.noted,
+            **({"arrived": True} if self.arrived else {}),
             **({"logits": self.logits} if self.run.route else {}),
             "seconds": round(sum(row["seconds"] for row in self.log), 1),
             "environment": environment(self.device, self.trainee.dtype),

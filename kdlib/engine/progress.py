@@ -22,8 +22,8 @@ class Progress:
         self.bar = _bar(epochs) if self.style == "bar" and epochs else None
         self.log = Path(os.environ["KDLIB_LOG"]) if os.environ.get("KDLIB_LOG") else None
 
-    def epoch(self, run, row: dict) -> None:
-        """Tell that an epoch ended: its row of the log."""
+    def epoch(self, run, row: dict, last: bool) -> None:
+        """Tell that an epoch ended: its row of the log, whether it is the run's last."""
         self.done += 1
         line = (
             f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · "
@@ -37,11 +37,11 @@ class Progress:
             self.bar.set_description(str(run), refresh=False)
             self.bar.set_postfix_str(f"test {row['test_top1']:.1f} %", refresh=False)
             self.bar.update()
-        elif self.style == "lines" and row["epoch"] == run.recipe.epochs:
+        elif self.style == "lines" and last:
             print(line, flush=True)
 
     def skip(self, epochs: int) -> None:
-        """Tell that so many epochs were already in the store."""
+        """Tell that so many epochs are not needed."""
         self.epochs -= epochs
         if self.bar is not None:
             self.bar.total = self.epochs

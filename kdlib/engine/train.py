@@ -302,11 +302,12 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dic
                         lane.advance()
             for lane in active:
                 try:
-                    progress.epoch(lane.run, lane.end_epoch())
+                    progress.epoch(lane.run, lane.end_epoch(), lane.finished)
                 except NotFinite as error:
                     failures[lane.run.id] = error
                 if lane.finished:
                     lane.close()
+                    progress.skip(lane.run.recipe.epochs - lane.epoch)
             active = [n for n in active if not n.finished and n.run.id not in failures]
     finally:
         if device.type == "cuda":  # a graph must not write to memory that was handed on

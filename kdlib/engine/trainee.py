@@ -32,13 +32,14 @@ class Trainee:
         self.networks.to(self.device, memory_format=torch.channels_last)
         called = {name: self.called(net) for name, net in self.networks.items()}
         self.student, self.parts = called.pop("student"), called
+        self.optimizers = run.method.optimizers(self.networks)
         own = {name: r for name, r in run.method.recipes().items() if name in self.networks}
         self.recipes = {"student": run.recipe, **own}
         # A tensor rate can change between replays; only the fused SGD takes one without a sync.
         self.rates = {
             name: torch.tensor(r.lr, device=self.device) for name, r in self.recipes.items()
         }
-        self.optimizers = {name: self._optimizer(name, r) for name, r in self.recipes.items()}
+        self.optimizers |= {name: self._optimizer(name, r) for name, r in self.recipes.items()}
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
 
     def called(self, network: nn.Module) -> InFloat32:
@@ -46,12 +47,10 @@ class Trainee:
         return InFloat32(network, self.device, self.dtype)
 
     def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
+        followers = [self.networks[name]]
         if name == "student":
-            followers = [
-                net for n, net in self.networks.items() if n == name or n not in self.recipes
-            ]
-        else:
-            followers = [self.networks[name]]
+            others = self.networks.keys() - self.recipes.keys() - self.optimizers.keys()
+            followers += [net for n, net in self.networks.items() if n in others]
         return torch.optim.SGD(
             [parameter for network in followers for parameter in network.parameters()],
             lr=self.rates[name],

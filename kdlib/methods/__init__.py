@@ -2,6 +2,7 @@
 
 from kdlib.methods.collaboration import STC
 from kdlib.methods.distill import KD, CrossEntropy, FromTeacher, Method, OnLogits, Step
+from kdlib.methods.gates import GateSearch
 from kdlib.methods.hints import AttentionTransfer, FactorTransfer, Hint, Paraphrase, paraphrase
 from kdlib.methods.peers import MutualLearning, RocketLaunching
 from kdlib.methods.route import OneStage, multi_stage
@@ -13,6 +14,7 @@ __all__ = [
     "CrossEntropy",
     "FactorTransfer",
     "FromTeacher",
+    "GateSearch",
     "Hint",
     "Method",
     "MutualLearning",

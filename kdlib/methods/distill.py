@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kdlib import losses
 
@@ -80,6 +81,13 @@ class Method:
         """Parts that learn at a rate and schedule of their own; others share the student's."""
         return {}
 
+    def optimizers(self, parts: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
+        """Parts that are not moved by gradient descent: their names, what moves each of them.
+
+        Its momentum is kept as ``momentum_buffer``, as that of ``torch.optim.SGD``.
+        """
+        return {}
+
     def frozen(self) -> dict[str, Run]:
         """Parts that this method uses as another run has trained them: their names, that run."""
         return {}
@@ -89,9 +97,23 @@ class Method:
     ) -> dict[str, Callable[[Tensor], Tensor]]:
         """Classifiers joined of these networks, from images to logits, by name.
 
-        They are tested after each epoch, as the student is.
+        They are tested after each epoch, as the student is. One named ``student`` is tested in its
+        place.
         """
         return {}
+
+    def told(self, parts: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Numbers to log after an epoch."""
+        return {}
+
+    def arrived(self, parts: Mapping[str, nn.Module]) -> bool:
+        """Whether the run ends here, before its recipe does: asked after every epoch, and after
+        every step of one in which it ``may_arrive``."""
+        return False
+
+    def may_arrive(self, parts: Mapping[str, nn.Module]) -> bool:
+        """Whether the epoch that begins may be the last. What it reads, the host waits for."""
+        return False
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits and named terms of one batch; ``loss`` is minimised, all are

@@ -60,11 +60,23 @@ class OneStage(Method):
     def recipes(self):
         return self.method.recipes()
 
+    def optimizers(self, parts):
+        return self.method.optimizers(parts)
+
     def frozen(self):
         return self.method.frozen()
 
     def joined(self, student, teacher, parts):
         return self.method.joined(student, teacher, parts)
+
+    def told(self, parts):
+        return self.method.told(parts)
+
+    def arrived(self, parts):
+        return self.method.arrived(parts)
+
+    def may_arrive(self, parts):
+        return self.method.may_arrive(parts)
 
     def loss(self, step):
         return self.method.loss(step)

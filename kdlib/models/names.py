@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 import torch
 
 from kdlib.errors import UnknownName
+from kdlib.models.architecture import MARK, Architecture, load_architecture
 from kdlib.models.densenet import densenet_bc
 from kdlib.models.googlenet import googlenet
 from kdlib.models.mobilenet import mobilenetv2
@@ -43,13 +44,15 @@ def build_model(name: str, classes: int, channels: int = 3, seed: int | None = N
         name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50``, ``wrn-<depth>-<width>`` of a depth
             6n + 4, ``densenet-bc-<depth>-<growth rate>``, ``vgg13``, ``googlenet``,
             ``shufflenetv2``, ``mobilenetv2-t<T>-w<W>`` or ``mobilenetv2``, which is T = 6, W = 1
-            with a stem of stride 1; a suffix ``-x<width>`` multiplies every width.
+            with a stem of stride 1; a suffix ``-x<width>`` multiplies every width; what follows an
+            ``@`` names an architecture that a search found inside the network before it.
         classes: number of logits.
         channels: of the images.
         seed: of the initial weights; the caller's random state is left alone. None draws from it.
 
     Raises:
         UnknownName: with the closest known names.
+        StoreError: for a found architecture that is not there or damaged.
     """
     build = builder(name)
     if seed is None:
@@ -61,12 +64,18 @@ def build_model(name: str, classes: int, channels: int = 3, seed: int | None = N
 
 def builder(name: str) -> Callable[..., Staged]:
     """What ``build_model`` calls for a name, with ``classes`` and ``channels``."""
+    if MARK in name:
+        return partial(_found, load_architecture(name))
     base, separator, suffix = name.partition("-x")
     scale = _number(suffix) if separator else 1.0
     family = _family(base)
     if family is None or scale is None:
         raise UnknownName("model", name, EXAMPLES)
     return partial(family, scale=scale)
+
+
+def _found(architecture: Architecture, classes: int, channels: int) -> Staged:
+    return architecture.build(builder(architecture.base)(classes=classes, channels=channels))
 
 
 @lru_cache

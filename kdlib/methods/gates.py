@@ -1,0 +1,236 @@
+"""Search for a student inside the teacher: a gate on every channel, closed by proximal gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib import losses
+from kdlib.methods.distill import FromTeacher
+from kdlib.models.channels import Channels, Kept, read_channels
+from kdlib.models.names import builder
+from kdlib.models.staged import Staged
+
+TARGETS = ("soft", "output", "truth")
+# An epoch may be the search's last where closing all gates below this would reach the budget.
+NEARLY_CLOSED = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSearch(FromTeacher):
+    """weight·C(gated(x), target) + strength·Σ α_j|g_j|, until what is open costs at most a budget.
+
+    Search for Better Students, Eq. 3 to 5. The student starts as the teacher (``Run.start``) with a
+    gate of 1 on every channel that a gated layer reads. Its weights move by the run's recipe, its
+    gates by accelerated proximal gradient, in one backward pass.
+
+    Attributes:
+        budget: of the whole network's multiply-accumulates the share that the network to find may
+            cost; the run ends as soon as the network that its open gates make costs no more.
+        strength: λ₂.
+        weight: of the first term, beside which λ₂ has its meaning.
+        weighted: α_j is what closing gate j saves, over the mean of all; else 1.
+        target: ``soft``, the teacher's softmax at ``temperature``, as T²·KL (the paper's);
+            ``output``, its softmax at T = 1, as cross-entropy (its "network pruning"); ``truth``,
+            the label of the data set (what is usually called so).
+        held_at: ε: with ``soft``, the divergence is pushed to this value instead of to 0.
+        rate, momentum: of the gates' updates, η and μ.
+
+    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a budget beyond 0 to 1,
+    and for a network that has no gates or is not the teacher's.
+    """
+
+    budget: float
+    strength: float = 1e-3
+    weight: float = 1.0
+    weighted: bool = True
+    target: str = "soft"
+    temperature: float = 4.0
+    held_at: float = 0.0
+    rate: float = 0.01
+    momentum: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target not in TARGETS:
+            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+        if not 0 < self.budget < 1:
+            raise ValueError(f"A budget is a share of the teacher's cost, not {self.budget}.")
+        if self.held_at and self.target != "soft":
+            raise ValueError(f"Only a soft target is held at a divergence, not {self.target!r}.")
+
+    @property
+    def labelled(self):
+        return self.target != "truth"
+
+    def check(self, student):
+        if student != self.teacher.model:
+            raise ValueError(f"A search begins as its teacher, {self.teacher.model}: {student}.")
+        with torch.device("meta"):
+            read_channels(builder(student)(classes=2, channels=1))
+
+    def parts(self, student, teacher, x):
+        return {"gates": Gates(Channels(student, x.shape[-1]), self.weighted)}
+
+    def optimizers(self, parts):
+        gates = parts["gates"]
+        threshold = self.rate * self.strength * gates.alpha
+        proximal = AcceleratedProximal([gates.values], threshold, self.rate, self.momentum)
+        return {"gates": proximal}
+
+    def loss(self, step):
+        gates = step.parts["gates"].network
+        logits = step.student.with_weights(gates(step.student.network), step.x)
+        terms = self.imitate(logits, step.targets, step.labels)
+        sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
+        return logits, {**terms, "loss": self.weight * terms["loss"], "sparsity": sparsity}
+
+    def imitate(self, logits: Tensor, taught: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The first term of Eq. 3, or of Eq. 5; ``sparsity`` is minimised by the proximal step."""
+        match self.target:
+            case "soft":
+                kd = losses.kd(logits, taught, self.temperature)
+                return {"loss": (kd - self.held_at).abs() if self.held_at else kd, "kd": kd}
+            case "output":
+                return {"loss": losses.imitation(logits, taught)}
+            case "truth":
+                return {"loss": F.cross_entropy(logits, labels)}
+
+    def joined(self, student, teacher, parts):
+        def gated(x: Tensor) -> Tensor:
+            return student.with_weights(parts["gates"].network(student.network), x)
+
+        return {"student": gated}  # it is the gated network that is tested
+
+    def told(self, parts):
+        gates = parts["gates"]
+        open_gates = int((gates.values > 0).sum())
+        return {"macs": gates.macs(), "macs_share": gates.share(), "open_gates": open_gates}
+
+    def arrived(self, parts):
+        return parts["gates"].share() <= self.budget
+
+    def may_arrive(self, parts):
+        return parts["gates"].share(above=NEARLY_CLOSED) <= self.budget
+
+
+class Gates(nn.Module):
+    """A gate on every channel that a gated layer reads, 1 at first.
+
+    To multiply a channel is to multiply the weights that read it: a convolution of a gated image is
+    the convolution by gated weights. The gate of a channel that a layer without inputs puts out
+    counts as closed, so that what is closed can be taken out without a change.
+
+    Attributes:
+        values: the gates ``[m]``, layer by layer.
+        alpha: α ``[m]``, their weights in the penalty; their mean is 1.
+    """
+
+    def __init__(self, channels: Channels, weighted: bool = True):
+        super().__init__()
+        self.channels = channels
+        count = sum(channels.sizes)
+        savings = channels.savings() if weighted else np.ones(count)
+        self.values = nn.Parameter(torch.ones(count))
+        alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
+        self.register_buffer("alpha", alpha, persistent=False)
+        # Of every reader, which layer each of its channels comes from: the last stands for none.
+        numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
+        sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
+        repeats = [c.channels for r in channels.readers for c in r.inputs]
+        index = torch.tensor(sources).repeat_interleave(torch.tensor(repeats))
+        self.register_buffer("sources", index % (len(numbers)), persistent=False)
+
+    def forward(self, network: Staged) -> dict[str, Tensor]:
+        """The weights of the gated network that are not the network's own, by name."""
+        scaled = {}
+        for reader, gate in zip(self.channels.readers, self._effective(), strict=True):
+            layer = network.get_submodule(reader.name)
+            if isinstance(layer, nn.BatchNorm2d):  # of a block that may have no inputs
+                scaled[f"{reader.name}.weight"] = layer.weight * gate
+                scaled[f"{reader.name}.bias"] = layer.bias * gate
+            else:
+                shape = (1, -1, 1, 1)[: layer.weight.ndim]
+                scaled[f"{reader.name}.weight"] = layer.weight * gate.view(shape)
+        return scaled
+
+    def _effective(self) -> list[Tensor]:
+        """What each reader's channels are multiplied by."""
+        readers = self.channels.readers
+        gates = iter(self.values.split(self.channels.sizes))
+        gates = [next(gates) if reader.gated else None for reader in readers]
+        with torch.no_grad():
+            lives = torch.ones(len(readers) + 1, dtype=torch.bool, device=self.values.device)
+            sources = self.sources.split([reader.channels for reader in readers])
+            masks = []
+            for k, (gate, source) in enumerate(zip(gates, sources, strict=True)):
+                mask = lives[source]
+                if gate is not None:
+                    mask = mask & (gate > 0)
+                lives[k] = mask.any()
+                masks.append(mask)
+        return [
+            mask.float() if gate is None else gate * mask
+            for gate, mask in zip(gates, masks, strict=True)
+        ]
+
+    def kept(self, above: float = 0.0) -> Kept:
+        """The channels that stay where the gates above a value are open."""
+        is_open = (self.values.detach() > above).cpu().numpy()
+        return self.channels.settle(self.channels.split(is_open))
+
+    def macs(self, above: float = 0.0) -> int:
+        """Multiply-accumulates of the network that would be extracted."""
+        return self.channels.macs(self.kept(above))
+
+    def share(self, above: float = 0.0) -> float:
+        """The same over those of the whole network."""
+        return self.macs(above) / self.channels.whole
+
+
+class AcceleratedProximal(torch.optim.Optimizer):
+    """Accelerated proximal gradient in its momentum form, for parameters that stay at least 0.
+
+    z = g - η∇;  v ← S(z) - g + μv;  g ← max(0, S(z) + μv), where S(z) = sign(z)·max(|z| - a, 0)
+    (Huang & Wang 2018, whose update Search for Better Students takes as its Eq. 4).
+
+    Args:
+        threshold: a, that is η·λ₂·α, of the parameters' shape.
+        lr: η, which never falls.
+        momentum: μ.
+    """
+
+    # Told of half precision's scale and overflow by tensors: no host sync in a step.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, parameters, threshold: Tensor, lr: float = 0.01, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        for group in self.param_groups:
+            for gate in group["params"]:
+                state = self.state[gate]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gate)
+                gradient = gate.grad if scale is None else gate.grad / scale
+                shrunk = soft_threshold(gate - group["lr"] * gradient, self.threshold)
+                momentum = group["momentum"] * state["momentum_buffer"]
+                velocity = shrunk - gate + momentum
+                moved = (shrunk + group["momentum"] * velocity).clamp(min=0)
+                if overflow is not None:  # as if this step had not been
+                    velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)
+                    moved = torch.where(overflow > 0, gate, moved)
+                state["momentum_buffer"].copy_(velocity)
+                gate.copy_(moved)
+
+
+def soft_threshold(x: Tensor, threshold: Tensor | float) -> Tensor:
+    """sign(x)·max(|x| - threshold, 0): the proximal operator of threshold·|x|."""
+    return x.sign() * (x.abs() - threshold).clamp(min=0)

@@ -1,0 +1,164 @@
+"""Students found inside their teacher: search, extract, train from scratch."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib.data import Images, load_data
+from kdlib.engine.trainee import trained_networks
+from kdlib.methods import GateSearch
+from kdlib.models import Cost, Staged, build_model, count_cost, load_weights
+from kdlib.models.architecture import Architecture
+from kdlib.models.channels import Channels
+from kdlib.models.pruned import prune
+from kdlib.runs import Run
+from kdlib.store import Trained, measure
+
+
+@dataclass(frozen=True)
+class FoundStudent:
+    """A chain of runs for ``train``: a search, then the network it found, trained from scratch.
+
+    Attributes:
+        search: a run of ``GateSearch``.
+        student: how to train what it finds; the model it names is replaced.
+        held: before the student, search again with the divergence held at this share of the largest
+            that ``search`` had after an epoch (ε of Eq. 5, from 0 to 1); 0 for not at all.
+
+    Raises ValueError where ``search`` is none.
+    """
+
+    search: Run
+    student: Run
+    held: float = 0.0
+
+    def __post_init__(self):
+        if not isinstance(self.search.method, GateSearch):
+            raise ValueError(f"{self.search} is no search: give it GateSearch(teacher, budget=…).")
+
+    def following(self, trained: Trained | None) -> Run | None:
+        """The search; after it, where one is ``held``, that one; then the student; then None."""
+        if trained is None:
+            return self.search
+        if self.held and trained.run == self.search:
+            return self.held_search(trained)
+        if isinstance(trained.run.method, GateSearch):
+            return replace(self.student, model=architecture(trained).save())
+        return None
+
+    def held_search(self, trained: Trained) -> Run:
+        """The second search, given the first."""
+        divergence = self.held * trained.log.train_kd.max()
+        return replace(self.search, method=replace(self.search.method, held_at=divergence))
+
+    def looks_at(self, run: Run) -> list[Run]:
+        """What must be in the store to say what follows ``run``."""
+        return [run]
+
+    def foreseen(self) -> list[Run]:
+        """The runs of the chain, as long as their recipes say and the student as the teacher: what
+        it may cost at most."""
+        again = [replace(self.search, method=replace(self.search.method, held_at=self.held))]
+        return [self.search, *(again if self.held else []), self.student]
+
+
+def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
+    """What a search found. Kept beside its record, so that a record alone tells it.
+
+    Args:
+        epoch: what was open after this one of its epochs; None for the end.
+
+    Raises ValueError where the search ended above its budget, or nothing is left of the network.
+    """
+    if epoch is None:
+        _check_end(trained)
+    table = measure(trained, kept_channels, epoch=epoch)
+    return Architecture(trained.run.model, tuple(zip(table.layer, table.kept, strict=True)))
+
+
+def _check_end(trained: Trained) -> None:
+    budget, share = trained.run.method.budget, trained.final["macs_share"]
+    if share > budget:
+        raise ValueError(
+            f"{trained.run} ended at {share:.1%} of the teacher's multiply-accumulates, above its "
+            f"budget of {budget:.1%}: give it more epochs or a larger strength."
+        )
+    if share == 0:
+        raise ValueError(
+            f"{trained.run} closed all gates of a layer that all others depend on: nothing is "
+            f"left. Give it a smaller strength."
+        )
+
+
+def kept_channels(trained: Trained, epoch: int | None) -> pd.DataFrame:
+    """By every gated layer its inputs in order, 1 for a channel that stays: columns layer, kept.
+
+    Args:
+        epoch: after this one of the search; None for its last.
+    """
+    gates = _networks(trained, epoch)["gates"]
+    found = Architecture.of(trained.run.model, gates.channels, gates.kept())
+    return pd.DataFrame(found.kept, columns=["layer", "kept"])
+
+
+def extract(trained: Trained) -> Staged:
+    """The network that a search found with the weights it had there, gates multiplied into them.
+
+    In eval mode and frozen; its logits are those of the gated network. Needs the search's weights.
+    """
+    networks = _networks(trained)
+    student, gates = networks["student"], networks["gates"]
+    whole = copy.deepcopy(student)
+    load_weights(whole, whole.state_dict() | gates(student))
+    found = prune(whole, gates.channels, gates.kept())
+    return found.eval().requires_grad_(False)
+
+
+def _networks(trained: Trained, epoch: int | None = None):
+    run = trained.run
+    epoch = run.recipe.epochs if epoch is None else epoch
+    images = load_data(run.data).first(run.images)
+    return trained_networks(run, epoch, images, trained.closing["weights"].get(str(epoch)))
+
+
+def cost_of(run: Run) -> Cost:
+    """What a run's network costs on the images it sees."""
+    images = load_data(run.data, "test")
+    classes, channels, size = _shape(images)
+    return count_cost(build_model(run.model, classes, channels, seed=0), size)
+
+
+def channels_of(model: str, images: Images | None = None) -> Channels:
+    """The channels of a network by name, for these images; for None those of CIFAR-10."""
+    classes, channels, size = (10, 3, 32) if images is None else _shape(images)
+    return Channels(build_model(model, classes, channels, seed=0), size)
+
+
+def _shape(images: Images) -> tuple[int, int, int]:
+    return (
+        images.classes,
+        images.channels,
+        images.batch(torch.zeros(1, dtype=torch.int64)).shape[-1],
+    )
+
+
+def random_architecture(model: str, channels: Channels, macs: int, seed: int) -> Architecture:
+    """Gates closed in random order until what is left has no more multiply-accumulates than these.
+
+    The control that the paper lacks: the same teacher, the same gates, the same cost, no search.
+    """
+    order = np.random.default_rng(seed).permutation(sum(channels.sizes))
+
+    def after(closed: int):
+        is_open = np.ones(len(order), bool)
+        is_open[order[:closed]] = False
+        return channels.settle(channels.split(is_open))
+
+    low, high = 0, len(order)  # the cost falls with every gate that is closed
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if channels.macs(after(middle)) > macs else (low, middle)
+    return Architecture.of(model, channels, after(low))
