@@ -33,7 +33,7 @@ IMAGES = {"cpu": 512, "cuda": 12_800}
 
 def step_bytes(lane: Lane) -> int:
     """What a step saves for its backward pass besides weights, and all gradients after it."""
-    networks = [lane.teachers.live, lane.trainee.networks]
+    networks = [*filter(None, [lane.teachers.live]), lane.trainee.networks]
     weights = {t.data_ptr() for net in networks for t in net.state_dict().values()}
     saved: dict[int, int] = {}
 

@@ -26,5 +26,9 @@ class StoreError(KdlibError, OSError):
     """A run, record or result that cannot be read or written."""
 
 
+class NothingFound(KdlibError, ValueError):
+    """A search that ended without a network to train."""
+
+
 class NotFinite(KdlibError, ArithmeticError):
     """A loss that became infinite or not a number."""

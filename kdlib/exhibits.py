@@ -280,9 +280,10 @@ def _measured(cell) -> str:
     """Ours as text: a count as it is, a measured mean ± spread over seeds and how many."""
     if cell.counted:
         return _number(cell.ours) if cell.ours == int(cell.ours) else f"{cell.ours:.5g}"
+    digits = 2 if abs(cell.ours) >= 1 else 3
     if cell.n == 1:
-        return f"{cell.ours:.2f} (1)"
-    return f"{cell.ours:.2f} ± {cell.spread:.2f} ({cell.n})"
+        return f"{cell.ours:.{digits}f} (1)"
+    return f"{cell.ours:.{digits}f} ± {cell.spread:.{digits}f} ({cell.n})"
 
 
 def _bounded(verdict: Verdict) -> str:

@@ -129,6 +129,56 @@ def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
 
 
+def draw_students(axes: Axes, cost: pd.Series, scratch: pd.Series, kd: pd.Series) -> None:
+    """Errors against a cost: circles from scratch, crosses with KD, the crosses' Pareto front.
+
+    Args:
+        cost, scratch, kd: by the student's name.
+    """
+    for k, name in enumerate(cost.index):
+        look = {"color": OKABE_ITO[k % len(OKABE_ITO)], "ls": ""}
+        x = cost[name]
+        axes.plot([x, x], [scratch[name], kd[name]], lw=0.8, **look | {"ls": "-", "marker": ""})
+        axes.plot(x, scratch[name], marker="o", **look)
+        axes.plot(x, kd[name], marker="X", ms=6, **look)
+    front = pareto(cost, kd)
+    axes.step(
+        cost[front], kd[front], where="post", c="#999999", lw=0.8, ls="-", marker="", zorder=0
+    )
+    log_axis(axes)
+    colors = [OKABE_ITO[k % len(OKABE_ITO)] for k in range(len(cost))]
+    name_points(axes, cost, kd, colors)
+
+
+def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -> None:
+    """Write each point's name to the right of the axes, in the order of y, with a line to it."""
+    order = y.sort_values().index
+    places = np.linspace(0.02, 0.98, len(order)) if len(order) > 1 else [0.5]
+    colored = dict(zip(y.index, colors, strict=True))
+    for name, place in zip(order, places, strict=True):
+        axes.annotate(
+            name,
+            (x[name], y[name]),
+            xytext=(1.02, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=6,
+            color=colored[name],
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colored[name]},
+            annotation_clip=False,
+        )
+
+
+def pareto(cost: pd.Series, error: pd.Series) -> list[str]:
+    """Whom nobody beats: no other costs no more and errs less, or costs less and errs no more."""
+    front, best = [], np.inf
+    for name in pd.DataFrame({"cost": cost, "error": error}).sort_values(["cost", "error"]).index:
+        if error[name] < best:
+            front.append(name)
+            best = error[name]
+    return front
+
+
 def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
     """Drop rates of every block of a DenseNet: connections, bottlenecks, transition."""
     blocks = list(blocks)

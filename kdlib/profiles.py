@@ -43,7 +43,7 @@ class Profile:
         axis: of each axis of a grid of networks, take the first so many; None for all.
         keep_route: of a teacher whose route is learned from, keep the weights of every so many of
             the paper's epochs, besides ``RCO_ROUTE``.
-        sparsity: factor on the strength of a search's penalty: in fewer steps it must push harder.
+        gate_factors: on strength and rate of a search's gates, which have to close in fewer steps.
         evidence: whether a result may count for or against a paper at all.
         stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
     """
@@ -57,7 +57,7 @@ class Profile:
     images: int | None = None
     axis: int | None = None
     keep_route: int = 1
-    sparsity: float = 1
+    gate_factors: tuple[float, float] = (1, 1)
     evidence: bool = True
     stand_ins: tuple[str, ...] = ()
 
@@ -97,9 +97,10 @@ class Profile:
         """The values of one axis of a grid of networks that are run."""
         return tuple(axis)[: self.axis]
 
-    def strength(self, paper: float) -> float:
-        """A search's λ₂."""
-        return paper * self.sparsity
+    def gates(self, strength: float, rate: float) -> dict[str, float]:
+        """λ₂ and η of a search, as settings of ``GateSearch``."""
+        on_strength, on_rate = self.gate_factors
+        return {"strength": strength * on_strength, "rate": rate * on_rate}
 
     @property
     def grid_seeds(self) -> tuple[int, ...]:
@@ -226,7 +227,7 @@ PROFILES = {
         models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS, **SMALL_SEARCH},
         images=1000,
         axis=2,
-        sparsity=300,
+        gate_factors=(250, 5),
         evidence=False,
     ),
     "course": Profile(
@@ -235,7 +236,7 @@ PROFILES = {
         length=1 / 10,
         seeds=(0, 1, 2),
         models={"resnet50": "resnet50-x0.5"},
-        sparsity=10,
+        gate_factors=(3, 3),
     ),
     "paper": Profile(
         name="paper",

@@ -81,7 +81,7 @@ class Run:
         # index refuses 1.5, and takes the integers of numpy for those of Python
         object.__setattr__(self, "keep", tuple(sorted({index(epoch) for epoch in self.keep})))
         builder(self.model)  # what is unknown or cannot be is refused here, not after hours
-        self.method.check(self.model)
+        self.method.check(self)
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):

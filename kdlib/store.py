@@ -193,7 +193,7 @@ def load_logits(trained: "Trained", epoch: int) -> Tensor:
 def holds_logits(trained: "Trained") -> bool:
     """Whether the logits of every epoch are there."""
     told = trained.closing.get("logits", {})
-    epochs = range(1, trained.run.recipe.epochs + 1)
+    epochs = range(1, trained.epochs + 1)
     paths = ((str(e), logits_path(trained.run, e)) for e in epochs)
     return all(e in told and told[e] == _saved_fingerprint(path) for e, path in paths)
 
@@ -216,8 +216,13 @@ class Trained:
 
     @property
     def epochs(self) -> int:
-        """How many it took: fewer than its recipe's where its method ended it."""
+        """How many it took, fewer than its recipe's where its method ended it; one begun counts."""
         return len(self.log)
+
+    @property
+    def passes(self) -> float:
+        """The same without what was left of the last one."""
+        return self.closing.get("arrived", self.epochs)
 
     @property
     def final(self) -> dict:

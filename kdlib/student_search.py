@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from torch.func import functional_call
 
 from kdlib.data import Images, load_data
 from kdlib.engine.trainee import trained_networks
+from kdlib.errors import NothingFound
 from kdlib.methods import GateSearch
 from kdlib.models import Cost, Staged, build_model, count_cost, load_weights
 from kdlib.models.architecture import Architecture
@@ -20,7 +22,7 @@ from kdlib.store import Trained, measure
 
 @dataclass(frozen=True)
 class FoundStudent:
-    """A chain of runs for ``train``: a search, then the network it found, trained from scratch.
+    """A chain of runs for ``train``: a search, then the network it found, from random weights.
 
     Attributes:
         search: a run of ``GateSearch``.
@@ -28,7 +30,7 @@ class FoundStudent:
         held: before the student, search again with the divergence held at this share of the largest
             that ``search`` had after an epoch (ε of Eq. 5, from 0 to 1); 0 for not at all.
 
-    Raises ValueError where ``search`` is none.
+    Raises ValueError where ``search`` is none, or cannot be held so.
     """
 
     search: Run
@@ -38,6 +40,8 @@ class FoundStudent:
     def __post_init__(self):
         if not isinstance(self.search.method, GateSearch):
             raise ValueError(f"{self.search} is no search: give it GateSearch(teacher, budget=…).")
+        if not 0 <= self.held <= 1 or (self.held and self.search.method.target != "soft"):
+            raise ValueError(f"A soft target is held at a share from 0 to 1: {self.held}.")
 
     def following(self, trained: Trained | None) -> Run | None:
         """The search; after it, where one is ``held``, that one; then the student; then None."""
@@ -46,8 +50,12 @@ class FoundStudent:
         if self.held and trained.run == self.search:
             return self.held_search(trained)
         if isinstance(trained.run.method, GateSearch):
-            return replace(self.student, model=architecture(trained).save())
+            return replace(self.student, model=self.choose(trained).save())
         return None
+
+    def choose(self, trained: Trained) -> Architecture:
+        """The student, given its search."""
+        return architecture(trained)
 
     def held_search(self, trained: Trained) -> Run:
         """The second search, given the first."""
@@ -65,13 +73,23 @@ class FoundStudent:
         return [self.search, *(again if self.held else []), self.student]
 
 
+@dataclass(frozen=True)
+class RandomStudent(FoundStudent):
+    """The control of ``FoundStudent``: a random part of the teacher that costs what was found."""
+
+    def choose(self, trained):
+        run = trained.run
+        channels = channels_of(run.model, load_data(run.data, "test"))
+        return random_architecture(run.model, channels, trained.final["macs"], run.seed)
+
+
 def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
     """What a search found. Kept beside its record, so that a record alone tells it.
 
     Args:
         epoch: what was open after this one of its epochs; None for the end.
 
-    Raises ValueError where the search ended above its budget, or nothing is left of the network.
+    Raises NothingFound where the search ended above its budget, or closed all of a layer.
     """
     if epoch is None:
         _check_end(trained)
@@ -82,12 +100,12 @@ def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
 def _check_end(trained: Trained) -> None:
     budget, share = trained.run.method.budget, trained.final["macs_share"]
     if share > budget:
-        raise ValueError(
+        raise NothingFound(
             f"{trained.run} ended at {share:.1%} of the teacher's multiply-accumulates, above its "
             f"budget of {budget:.1%}: give it more epochs or a larger strength."
         )
     if share == 0:
-        raise ValueError(
+        raise NothingFound(
             f"{trained.run} closed all gates of a layer that all others depend on: nothing is "
             f"left. Give it a smaller strength."
         )
@@ -115,6 +133,32 @@ def extract(trained: Trained) -> Staged:
     load_weights(whole, whole.state_dict() | gates(student))
     found = prune(whole, gates.channels, gates.kept())
     return found.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def extraction(trained: Trained) -> pd.DataFrame:
+    """``extract`` against the gated network, on the test set.
+
+    Columns: macs, as counted of the extracted network; test_top1 in %; difference, the largest of
+    any logit, and logit, the largest of the gated network's.
+    """
+    networks, found = _networks(trained), extract(trained)
+    student, gates = networks["student"], networks["gates"]
+    images, scaled = load_data(trained.run.data, "test"), gates(student)
+    hits, difference, largest = 0, 0.0, 0.0
+    for index in torch.arange(len(images)).split(500):
+        x = images.batch(index)
+        ours, gated = found(x), functional_call(student, scaled, (x,))
+        hits += (ours.argmax(1) == images.labels[index]).sum().item()
+        difference = max(difference, (ours - gated).abs().max().item())
+        largest = max(largest, gated.abs().max().item())
+    row = {
+        "macs": count_cost(found, x.shape[-1]).macs,
+        "test_top1": 100 * hits / len(images),
+        "difference": difference,
+        "logit": largest,
+    }
+    return pd.DataFrame([row])
 
 
 def _networks(trained: Trained, epoch: int | None = None):

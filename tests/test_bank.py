@@ -138,3 +138,16 @@ def test_a_bank_that_does_not_fit_gives_the_same_numbers(images, requests):
     for index, view in requests:
         assert torch.equal(remembering.targets(index, view), forgetting.targets(index, view))
     assert forgetting.known is None
+
+
+@pytest.mark.parametrize("name", ["densenet-bc-28-6", "googlenet-x0.05", "resnet8-x0.3"])
+def test_a_logit_has_the_same_bits_at_any_place_of_a_chunk(name):
+    """With inputs of the last layer that are no multiple of 16, a matrix product differs."""
+    images = load_data("digits").first(200)
+    network = build_model(name, images.classes, images.channels, seed=0).eval()
+    bank = LabelBank(network, images)
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:64]
+    view = torch.zeros_like(index)
+    swept = bank._sweep(index, view)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(bank._sweep(index[shuffled], view), swept[shuffled])

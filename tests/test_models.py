@@ -212,7 +212,7 @@ def test_a_wrn_normalises_before_it_convolves():
     model = build_model("wrn-16-2-x0.5", 10)
     twice = ["BatchNorm2d", "Conv2d"] * 2
     stage = [*twice, "Conv2d", *twice]  # the first block's shortcut is convolved
-    head = ["BatchNorm2d", "ReLU", "AdaptiveAvgPool2d", "Flatten", "Linear"]
+    head = ["BatchNorm2d", "ReLU", "AdaptiveAvgPool2d", "Flatten", "Classifier"]
     assert calls(model, torch.zeros(1, 3, 8, 8)) == ["Conv2d", *stage * 3, *head]
 
 
@@ -267,7 +267,7 @@ def test_a_vgg_has_convolutions_with_bias_and_pools_between_its_stages():
     expected = 2 * layer + 4 * (["MaxPool2d"] + 2 * layer)
     assert calls(model, torch.zeros(1, 3, 32, 32)) == [
         *expected,
-        *("MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"),
+        *("MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Classifier"),
     ]
     assert all(m.bias is not None for m in model.modules() if isinstance(m, torch.nn.Conv2d))
 

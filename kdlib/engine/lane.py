@@ -59,7 +59,8 @@ class Lane:
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.meter: dict[str, Tensor] = {}
-        self.steps = self.taken = 0
+        # Of this epoch: how many there are, how many were planned, how many are done.
+        self.steps = self.planned = self.taken = 0
         self.epoch = 0
         # Of a run that may end before its recipe does.
         self.watched = self.arrived = False
@@ -81,7 +82,7 @@ class Lane:
         index, view = epoch_batches(
             run.seed, run.epochs_before + self.epoch, len(images), images.views, run.recipe.batch
         )
-        self.steps = len(index)
+        self.steps = self.planned = len(index)
         self.index[: self.steps].copy_(index)
         self.view[: self.steps].copy_(view)
         if run.method.live:
@@ -96,7 +97,7 @@ class Lane:
         self.trainee.set_rates(self.epoch)
         self.cursor.zero_()
         self.taken = 0
-        self.watched = run.method.may_arrive(self.trainee.networks)
+        self.watched = run.method.may_arrive(self.trainee.networks, self.steps)
         for total in self.meter.values():
             total.zero_()
         self.trainee.networks.train()
@@ -189,7 +190,7 @@ class Lane:
         closing = {
             "weights": self.weights,
             "teachers": self.teachers.noted,
-            **({"arrived": True} if self.arrived else {}),
+            **({"arrived": self.epoch - 1 + self.taken / self.planned} if self.arrived else {}),
             **({"logits": self.logits} if self.run.route else {}),
             "seconds": round(sum(row["seconds"] for row in self.log), 1),
             "environment": environment(self.device, self.trainee.dtype),

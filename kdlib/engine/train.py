@@ -19,7 +19,7 @@ from kdlib.engine.budget import label_sweeps
 from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
-from kdlib.errors import NotFinite, StoreError
+from kdlib.errors import KdlibError, NotFinite, NothingFound, StoreError
 from kdlib.methods.distill import Anchor
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -37,7 +37,8 @@ class Search(Protocol):
     def following(self, trained: Trained | None) -> Run | None:
         """The first run, for None; the run after this one; None after the last.
 
-        Raises StoreError where weights or logits are missing.
+        Raises StoreError where weights or logits are missing, NothingFound where the search ends
+        here without a result.
         """
 
     def looks_at(self, run: Run) -> list[Run]:
@@ -66,6 +67,7 @@ def train(
 
     Raises:
         NotFinite: a loss left the finite numbers.
+        NothingFound: a search ended without a result. Both are told when the other runs are done.
         StoreError, DataError: what cannot be read or written, and what to do.
     """
     if isinstance(runs, Mapping):
@@ -78,7 +80,7 @@ def train(
     torch.set_flush_denormal(True)
     keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
-    failures: dict[str, NotFinite] = {}
+    failures: dict[str, KdlibError] = {}
     while True:
         _ensure(runs, device, lanes, weights, failures)
         searches = {k: s for k, s in searches.items() if runs[k].id not in failures}
@@ -99,14 +101,17 @@ def train(
 
 
 def _following(
-    search: Search, run: Run, device: torch.device, lanes: int, failures: dict[str, NotFinite]
+    search: Search, run: Run, device: torch.device, lanes: int, failures: dict[str, KdlibError]
 ) -> Run | None:
-    trained = store.find_record(run)
     try:
-        return search.following(trained)
-    except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
-        return search.following(store.find_record(run))
+        try:
+            return search.following(store.find_record(run))
+        except StoreError:  # a clone with records alone: train what the search wants to look at
+            _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
+            return search.following(store.find_record(run))
+    except NothingFound as error:
+        failures[run.id] = error
+        return None
 
 
 def _merge(runs: Iterable[Run]) -> list[Run]:
@@ -123,7 +128,7 @@ def _ensure(
     device: torch.device,
     lanes: int,
     weights: bool,
-    failures: dict[str, NotFinite],
+    failures: dict[str, KdlibError],
 ) -> None:
     """Train what is missing of these, teachers first.
 
@@ -238,7 +243,7 @@ def _train_some(
     lanes: int,
     progress: Progress,
     weights: bool,
-    failures: dict[str, NotFinite],
+    failures: dict[str, KdlibError],
 ) -> int:
     """Train up to ``lanes`` of the runs that no other process is training.
 
@@ -281,12 +286,12 @@ def _train_some(
     return lanes // 2
 
 
-def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dict[str, NotFinite]:
+def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dict[str, KdlibError]:
     """Train runs of one data set together, each step of every lane in turn.
 
     Returns by id why a run stopped whose loss left the finite numbers.
     """
-    failures: dict[str, NotFinite] = {}
+    failures: dict[str, KdlibError] = {}
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
     BANKS.wanted = {store.saved_fingerprint(*anchor) for anchor in label_sweeps(runs)}

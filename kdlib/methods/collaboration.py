@@ -51,12 +51,12 @@ class STC(OnLogits):
     def labelled(self):
         return self.target != "truth" or self.kd_weight != 0
 
-    def check(self, student):
-        stages = min(count_stages(student), count_stages(self.teacher.model))
+    def check(self, run):
+        stages = min(count_stages(run.model), count_stages(self.teacher.model))
         if self.cut not in range(1, stages + 1):
             raise ValueError(
-                f"There is no cut after stage {self.cut}: {student} and {self.teacher.model} have "
-                f"{stages} stages in common."
+                f"There is no cut after stage {self.cut}: {run.model} and {self.teacher.model} "
+                f"have {stages} stages in common."
             )
 
     def parts(self, student, teacher, x):

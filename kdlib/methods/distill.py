@@ -53,6 +53,8 @@ class Method:
     # Whether the loss reads the labeller's logits, and whether it needs the teacher itself.
     labelled = True
     live = False
+    # Whether the student is a network by itself, without the method's parts.
+    whole = True
 
     def labeller(self, epoch: int) -> Anchor | None:
         """Whose logits label the student's ``epoch`` (from 0): a teacher's run and its epoch.
@@ -66,8 +68,8 @@ class Method:
         """All checkpoints that label a run of this many epochs."""
         return {anchor for e in range(epochs) if (anchor := self.labeller(e)) is not None}
 
-    def check(self, student: str) -> None:
-        """Called as soon as a run is made: raise ValueError where its model cannot learn so."""
+    def check(self, run: Run) -> None:
+        """Called as soon as a run is made: raise ValueError where it cannot learn so."""
 
     def parts(self, student: Staged, teacher: Staged | None, x: Tensor) -> dict[str, nn.Module]:
         """Modules that are trained along with the student, freshly initialised.
@@ -111,8 +113,8 @@ class Method:
         every step of one in which it ``may_arrive``."""
         return False
 
-    def may_arrive(self, parts: Mapping[str, nn.Module]) -> bool:
-        """Whether the epoch that begins may be the last. What it reads, the host waits for."""
+    def may_arrive(self, parts: Mapping[str, nn.Module], steps: int) -> bool:
+        """Whether the epoch that begins, of so many steps, may be the last."""
         return False
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,7 +145,12 @@ class FromTeacher(Method):
     teacher: Run
     at: int | None = None
 
-    def __post_init__(self):  # one training, one id: the last epoch is None
+    def __post_init__(self):
+        if not self.teacher.method.whole:
+            raise ValueError(
+                f"{self.teacher} is no teacher: its student needs what it trained along."
+            )
+        # one training, one id: the last epoch is None
         last = self.teacher.recipe.epochs
         if self.at is not None and self.at not in range(1, last + 1):
             raise ValueError(f"There is no epoch {self.at} of {self.teacher}: it has 1 to {last}.")

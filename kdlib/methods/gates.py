@@ -16,8 +16,9 @@ from kdlib.models.names import builder
 from kdlib.models.staged import Staged
 
 TARGETS = ("soft", "output", "truth")
-# An epoch may be the search's last where closing all gates below this would reach the budget.
-NEARLY_CLOSED = 0.25
+# An epoch may be the search's last where the budget would be reached by closing all gates within
+# so many times what the penalty alone takes of each in an epoch.
+REACH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class GateSearch(FromTeacher):
         held_at: ε: with ``soft``, the divergence is pushed to this value instead of to 0.
         rate, momentum: of the gates' updates, η and μ.
 
-    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a budget beyond 0 to 1,
-    and for a network that has no gates or is not the teacher's.
+    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number out of its
+    range, a run that does not start as the teacher, and a network that has no gates.
     """
 
     budget: float
@@ -53,6 +54,7 @@ class GateSearch(FromTeacher):
     held_at: float = 0.0
     rate: float = 0.01
     momentum: float = 0.9
+    whole = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +62,11 @@ class GateSearch(FromTeacher):
             raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
         if not 0 < self.budget < 1:
             raise ValueError(f"A budget is a share of the teacher's cost, not {self.budget}.")
+        if (
+            min(self.strength, self.weight, self.rate, self.held_at) < 0
+            or not 0 <= self.momentum < 1
+        ):
+            raise ValueError(f"A search needs a momentum below 1, and nothing below 0: {self}.")
         if self.held_at and self.target != "soft":
             raise ValueError(f"Only a soft target is held at a divergence, not {self.target!r}.")
 
@@ -67,11 +74,11 @@ class GateSearch(FromTeacher):
     def labelled(self):
         return self.target != "truth"
 
-    def check(self, student):
-        if student != self.teacher.model:
-            raise ValueError(f"A search begins as its teacher, {self.teacher.model}: {student}.")
+    def check(self, run):
+        if run.start != self.teacher or self.anchor != self.teacher.recipe.epochs:
+            raise ValueError(f"A search begins as its teacher: give {run} start={self.teacher}.")
         with torch.device("meta"):
-            read_channels(builder(student)(classes=2, channels=1))
+            read_channels(builder(run.model)(classes=2, channels=1))
 
     def parts(self, student, teacher, x):
         return {"gates": Gates(Channels(student, x.shape[-1]), self.weighted)}
@@ -79,8 +86,8 @@ class GateSearch(FromTeacher):
     def optimizers(self, parts):
         gates = parts["gates"]
         threshold = self.rate * self.strength * gates.alpha
-        proximal = AcceleratedProximal([gates.values], threshold, self.rate, self.momentum)
-        return {"gates": proximal}
+        settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.necks}
+        return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
         gates = step.parts["gates"].network
@@ -114,8 +121,10 @@ class GateSearch(FromTeacher):
     def arrived(self, parts):
         return parts["gates"].share() <= self.budget
 
-    def may_arrive(self, parts):
-        return parts["gates"].share(above=NEARLY_CLOSED) <= self.budget
+    def may_arrive(self, parts, steps):
+        gates = parts["gates"]
+        an_epoch = steps * self.rate * self.strength / (1 - self.momentum) * gates.alpha
+        return gates.share(above=REACH * an_epoch) <= self.budget
 
 
 class Gates(nn.Module):
@@ -123,11 +132,13 @@ class Gates(nn.Module):
 
     To multiply a channel is to multiply the weights that read it: a convolution of a gated image is
     the convolution by gated weights. The gate of a channel that a layer without inputs puts out
-    counts as closed, so that what is closed can be taken out without a change.
+    counts as closed, so that what is closed can be taken out without a change. Such a layer has no
+    gradient any more: it stays dead.
 
     Attributes:
         values: the gates ``[m]``, layer by layer.
         alpha: α ``[m]``, their weights in the penalty; their mean is 1.
+        necks: where the gates of each layer begin and end that nothing leads around.
     """
 
     def __init__(self, channels: Channels, weighted: bool = True):
@@ -138,6 +149,9 @@ class Gates(nn.Module):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
+        ends = np.cumsum(channels.sizes).tolist()
+        ranges = zip(channels.gated, [0, *ends], ends, strict=False)
+        self.necks = [(begin, end) for reader, begin, end in ranges if reader.block is None]
         # Of every reader, which layer each of its channels comes from: the last stands for none.
         numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
         sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
@@ -168,26 +182,24 @@ class Gates(nn.Module):
             sources = self.sources.split([reader.channels for reader in readers])
             masks = []
             for k, (gate, source) in enumerate(zip(gates, sources, strict=True)):
-                mask = lives[source]
-                if gate is not None:
-                    mask = mask & (gate > 0)
-                lives[k] = mask.any()
-                masks.append(mask)
+                masks.append(lives[source])
+                lives[k] = (masks[k] if gate is None else masks[k] & (gate > 0)).any()
+        # Not by the gate's own sign: a closed one still has a slope, and may open again.
         return [
             mask.float() if gate is None else gate * mask
             for gate, mask in zip(gates, masks, strict=True)
         ]
 
-    def kept(self, above: float = 0.0) -> Kept:
-        """The channels that stay where the gates above a value are open."""
+    def kept(self, above: Tensor | float = 0.0) -> Kept:
+        """The channels that stay where the gates above a value, or values ``[m]``, are open."""
         is_open = (self.values.detach() > above).cpu().numpy()
         return self.channels.settle(self.channels.split(is_open))
 
-    def macs(self, above: float = 0.0) -> int:
+    def macs(self, above: Tensor | float = 0.0) -> int:
         """Multiply-accumulates of the network that would be extracted."""
         return self.channels.macs(self.kept(above))
 
-    def share(self, above: float = 0.0) -> float:
+    def share(self, above: Tensor | float = 0.0) -> float:
         """The same over those of the whole network."""
         return self.macs(above) / self.channels.whole
 
@@ -202,14 +214,16 @@ class AcceleratedProximal(torch.optim.Optimizer):
         threshold: a, that is η·λ₂·α, of the parameters' shape.
         lr: η, which never falls.
         momentum: μ.
+        necks: ranges of which the last positive value stays as it is, where all would vanish at
+            once: without them the network is cut in two.
     """
 
     # Told of half precision's scale and overflow by tensors: no host sync in a step.
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters, threshold: Tensor, lr: float = 0.01, momentum: float = 0.9):
+    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, necks=()):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.threshold = threshold
+        self.threshold, self.necks = threshold, necks
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -224,11 +238,19 @@ class AcceleratedProximal(torch.optim.Optimizer):
                 momentum = group["momentum"] * state["momentum_buffer"]
                 velocity = shrunk - gate + momentum
                 moved = (shrunk + group["momentum"] * velocity).clamp(min=0)
+                for begin, end in self.necks:
+                    _keep_largest(gate[begin:end], moved[begin:end])
                 if overflow is not None:  # as if this step had not been
                     velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)
                     moved = torch.where(overflow > 0, gate, moved)
                 state["momentum_buffer"].copy_(velocity)
                 gate.copy_(moved)
+
+
+def _keep_largest(before: Tensor, after: Tensor) -> None:
+    """Where nothing is left after a step, put back the largest of before."""
+    place = before.argmax().unsqueeze(0)
+    after.scatter_(0, place, torch.where(after.any(), after, before)[place])
 
 
 def soft_threshold(x: Tensor, threshold: Tensor | float) -> Tensor:

@@ -51,8 +51,8 @@ class OneStage(Method):
         teacher = self.method.teacher
         return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
 
-    def check(self, student):
-        self.method.check(student)
+    def check(self, run):
+        self.method.check(run)
 
     def parts(self, student, teacher, x):
         return self.method.parts(student, teacher, x)
@@ -75,8 +75,8 @@ class OneStage(Method):
     def arrived(self, parts):
         return self.method.arrived(parts)
 
-    def may_arrive(self, parts):
-        return self.method.may_arrive(parts)
+    def may_arrive(self, parts, steps):
+        return self.method.may_arrive(parts, steps)
 
     def loss(self, step):
         return self.method.loss(step)

@@ -1,8 +1,9 @@
 """Who reads whose channels in a network, and what stays of it when some are not read."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class Reader:
         inputs: whose channels it reads, in order.
         norm: the batch norm between these and the layer, if there is one.
         outputs: of a convolution, how many channels it puts out; else 0.
+        summed: whether these go into a sum, where none can be left out.
         gated: whether its inputs can be closed one by one.
         block: the module that is left out where the layer puts out nothing.
     """
@@ -47,6 +49,7 @@ class Reader:
     inputs: tuple[Connection, ...]
     norm: str | None = None
     outputs: int = 0
+    summed: bool = False
     gated: bool = True
     block: str | None = None
 
@@ -71,6 +74,8 @@ def read_channels(network: Staged) -> list[Reader]:
             found += _dense_layer(name, layer, tuple(stream))
             stream.append(Connection(f"{name}.conv2", layer.conv2.out_channels))
         elif isinstance(layer, resnet.Block):
+            sources = {connection.source for connection in stream}
+            found = [replace(r, summed=r.summed or r.name in sources) for r in found]
             found += _residual_block(name, layer)
             stream, norm = [Connection(None, layer.norms[-1].num_features)], None
         elif isinstance(layer, nn.BatchNorm2d):
@@ -150,7 +155,7 @@ class Channels:
             if reader.gated:
                 kept[reader.name] &= is_open[reader.name]
             lives[reader.name] = bool(kept[reader.name].any())
-        needed = {reader.name: np.zeros(reader.outputs, bool) for reader in self.readers}
+        needed = {r.name: np.full(r.outputs, r.summed) for r in self.readers}
         for reader in reversed(self.readers):
             if reader.outputs and not needed[reader.name].any():
                 kept[reader.name][:] = False
@@ -159,7 +164,7 @@ class Channels:
 
     def needed(self, kept: Kept) -> Kept:
         """Which outputs of every layer somebody keeps."""
-        needed = {reader.name: np.zeros(reader.outputs, bool) for reader in self.readers}
+        needed = {r.name: np.full(r.outputs, r.summed) for r in self.readers}
         for reader in self.readers:
             _note(reader, kept[reader.name], needed)
         return needed
@@ -176,18 +181,20 @@ class Channels:
         )
 
     def savings(self) -> np.ndarray:
-        """By how many multiply-accumulates each gate's closing makes the whole network cheaper.
+        """How many multiply-accumulates each gate's closing saves in the whole network.
 
-        Where nobody else reads the channel, what computes it is saved as well. Equal for all
-        channels of a connection.
+        Those of the layer that reads the channel. Where the gate is on the only way from one layer
+        to another, also those that compute it; not so where a layer reads several, as a transition
+        does: a gate there closes a connection (docs/decisions.md, SBS-s).
         """
-        flat, savings = np.ones(sum(self.sizes), bool), []
+        layers = {reader.name: reader for reader in self.readers}
+        read = Counter(c.source for reader in self.readers for c in reader.inputs)
+        savings = []
         for reader in self.gated:
-            for connection in reader.inputs:
-                flat[len(savings)] = False
-                saved = self.whole - self.macs(self.settle(self.split(flat)))
-                flat[len(savings)] = True
-                savings += [saved] * connection.channels
+            saved, source = self._area[reader.name] * reader.outputs, reader.inputs[0].source
+            if len(reader.inputs) == 1 and source and read[source] == 1:
+                saved += self._area[source] * layers[source].channels
+            savings += [saved] * reader.channels
         return np.array(savings)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.models.channels import Channels, Kept, Reader
-from kdlib.models.staged import Staged, batch_norm, load_weights
+from kdlib.models.staged import Classifier, Staged, batch_norm, load_weights
 
 
 class SelectingNorm(nn.BatchNorm2d):
@@ -67,7 +67,7 @@ def prune(network: Staged, channels: Channels, kept: Kept) -> Staged:
         network.set_submodule(reader.name, smaller)
     for block in filter(None, dead):
         network.set_submodule(block, _without(network.get_submodule(block)))
-    return network
+    return network.train(network.training)  # the new layers, too
 
 
 def _positions(reader: Reader, kept: np.ndarray, needed: Kept) -> Tensor | None:
@@ -85,7 +85,7 @@ def _norm(norm: nn.BatchNorm2d, inputs: Sequence[int], index: Tensor | None) -> 
 
 
 def _linear(layer: nn.Linear, inputs: Sequence[int]) -> nn.Linear:
-    smaller = nn.Linear(len(inputs), layer.out_features)
+    smaller = Classifier(len(inputs), layer.out_features)
     return _with_state(smaller, {"weight": layer.weight[:, inputs], "bias": layer.bias})
 
 

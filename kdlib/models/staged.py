@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -76,7 +77,20 @@ class PoolAndClassify(nn.Sequential):
     """Global average pooling and one linear layer."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Classifier(channels, classes))
+
+
+class Classifier(nn.Linear):
+    """A linear layer that in eval mode gives an image the same bits at any place of a batch.
+
+    What a label bank relies on. On a CPU a matrix product with rows of other than a multiple of 64
+    bytes rounds them by where they lie; a convolution does not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.in_features % 16 == 0:
+            return super().forward(x)
+        return F.conv2d(x[:, :, None, None], self.weight[:, :, None, None], self.bias).flatten(1)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from kdlib.models.staged import Staged, batch_norm, initialise
+from kdlib.models.staged import Classifier, Staged, batch_norm, initialise
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -19,7 +19,9 @@ def vgg13(classes: int, channels: int, scale: float = 1.0) -> Staged:
     for width in widths:
         body.append(nn.Sequential(_pool(), *_layer(inputs, width), *_layer(width, width)))
         inputs = width
-    head = nn.Sequential(_pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    head = nn.Sequential(
+        _pool(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Classifier(inputs, classes)
+    )
     return initialise(Staged(nn.Sequential(*_layer(channels, stem)), body, head))
 
 

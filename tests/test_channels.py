@@ -1,0 +1,225 @@
+"""Who reads whose channels, and what a network costs without some of them."""
+
+import numpy as np
+import pytest
+import torch
+from gated import BOTTLENECKS, SMALL
+
+from kdlib import build_model, count_cost
+from kdlib.models.channels import Channels, read_channels
+from kdlib.models.pruned import prune
+
+
+def channels_of(name, size=8, classes=5, images=1):
+    network = build_model(name, classes, images, seed=0)
+    return network, Channels(network, size)
+
+
+def at_random(channels, closed, seed):
+    return np.random.default_rng(seed).random(sum(channels.sizes)) >= closed
+
+
+def settled(channels, flat):
+    return channels.settle(channels.split(flat))
+
+
+def without(channels, *gates):
+    flat = np.ones(sum(channels.sizes), bool)
+    flat[list(gates)] = False
+    return settled(channels, flat)
+
+
+def cost(network, channels, kept, size=8):
+    return count_cost(prune(network, channels, kept), size).macs
+
+
+# --- what a network costs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "closed"), [(8, 0.2), (32, 0.6), (7, 0.4)])
+@pytest.mark.parametrize("name", [*SMALL, "resnet8-x0.25", BOTTLENECKS])
+def test_the_cost_is_that_of_the_network_that_is_left(name, size, closed):
+    network, channels = channels_of(name, size)
+    assert channels.whole == count_cost(network, size).macs
+    kept = settled(channels, at_random(channels, closed, seed=1))
+    if kept[channels.readers[-1].name].any():
+        assert channels.macs(kept) == cost(network, channels, kept, size)
+    else:
+        assert channels.macs(kept) == 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_cost_never_rises_as_gates_close_one_by_one(name):
+    _, channels = channels_of(name)
+    order = np.random.default_rng(0).permutation(sum(channels.sizes))
+    costs = [channels.macs(without(channels, *order[:k])) for k in range(len(order) + 1)]
+    assert (np.diff(costs) <= 0).all()
+    assert costs[0] == channels.whole
+    assert (costs[-1] == 0) == (not name.startswith("resnet"))
+
+
+def test_the_paper_s_teacher_has_its_gates_and_its_cost():
+    """8832 inputs of dense layers, 48 · 48 bottlenecks, 516 inputs of transitions."""
+    network, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
+    counts = {"conv1": 0, "conv2": 0, "transition": 0}
+    for reader in channels.gated:
+        kind = reader.name.split(".")[-1]
+        counts[kind if kind in counts else "transition"] += reader.channels
+    assert counts == {"conv1": 8832, "conv2": 2304, "transition": 516}
+    assert [r.channels for r in channels.readers if not r.gated] == [3, 342]
+    assert channels.whole == count_cost(network, 32).macs
+    assert channels.whole / 1e6 == pytest.approx(287.9, abs=0.05)
+
+
+# --- what a gate saves ----------------------------------------------------------------------------
+
+
+LOOKED_AT = {BOTTLENECKS: "1.convs.1"}  # of many alike
+
+
+@pytest.mark.parametrize("name", ["resnet8-x0.25", BOTTLENECKS, "vgg13-x0.06"])
+def test_a_gate_saves_what_the_network_costs_less_without_its_channel(name):
+    network, channels = channels_of(name)
+    savings = channels.savings()
+    assert savings.shape == (sum(channels.sizes),)
+    begin = 0
+    for reader in channels.gated:
+        gate = begin + reader.channels // 2
+        begin += reader.channels
+        if reader.name.endswith(LOOKED_AT.get(name, "")) and reader.channels > 1:
+            left = cost(network, channels, without(channels, gate))
+            assert channels.whole - left == savings[gate], reader.name
+
+
+def test_gates_of_a_densenet_save_the_same_but_where_an_output_dies():
+    """What only a transition reads of the layer before it is computed for nobody any more."""
+    network, channels = channels_of("densenet-bc-16-4")
+    savings, gate, differ = channels.savings(), 0, set()
+    for reader in channels.gated:
+        for connection in reader.inputs:
+            for k in range(connection.channels):
+                saved = channels.whole - channels.macs(without(channels, gate))
+                if k == 0:
+                    assert saved == channels.whole - cost(
+                        network, channels, without(channels, gate)
+                    )
+                if saved != savings[gate]:
+                    differ.add((reader.name, connection.source))
+                    assert (
+                        saved - savings[gate]
+                        == 16 * 9 * {"body.1.2": 64, "body.2.2": 16}[reader.name]
+                    )
+                gate += 1
+    assert differ == {("body.1.2", "body.0.1.conv2"), ("body.2.2", "body.1.5.conv2")}
+
+
+def blocks(depth=100, growth=12):
+    """Of every layer of a DenseNet in order: its inputs, what one gate there saves."""
+    inputs, rows = 2 * growth, []
+    for block, area in enumerate((32**2, 16**2, 8**2)):
+        if block:
+            rows.append((inputs, inputs // 2 * (2 * area**0.5) ** 2))
+            inputs //= 2
+        for _ in range((depth - 4) // 6):
+            rows.append((inputs, 4 * growth * area))
+            rows.append((4 * growth, (inputs + 9 * growth) * area))
+            inputs += growth
+    return rows
+
+
+def test_gates_of_the_paper_s_teacher_save_what_the_closed_forms_say():
+    """4k·HW at a dense layer, (C_in + 9k)·HW at a bottleneck, C_out·HW at a transition."""
+    _, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
+    expected = np.concatenate([np.full(count, saved) for count, saved in blocks()])
+    savings = channels.savings()
+    assert (savings == expected).all()
+    assert {49152, 12288, 3072} <= set(savings.tolist())
+
+
+def test_random_gates_of_the_paper_s_teacher_save_this_in_the_network_without_them():
+    network, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
+    kinds, savings, begin = {}, channels.savings(), 0
+    for reader in channels.gated:
+        kind = reader.name.split(".")[-1]
+        alive = reader.channels - (12 if not kind.startswith("conv") else 0)
+        kinds.setdefault(kind, []).extend(range(begin, begin + alive))
+        begin += reader.channels
+    random = np.random.default_rng(0)
+    for gates in kinds.values():
+        gate = random.choice(gates)
+        left = cost(network, channels, without(channels, gate), 32)
+        assert channels.whole - left == savings[gate]
+
+
+# --- who stays ------------------------------------------------------------------------------------
+
+
+def test_what_settled_once_stays_as_it_is():
+    _, channels = channels_of("densenet-bc-22-4")
+    for seed in range(5):
+        kept = settled(channels, at_random(channels, 0.6, seed))
+        again = channels.settle(kept)
+        assert all((again[name] == kept[name]).all() for name in kept)
+
+
+def test_only_what_somebody_reads_is_needed():
+    _, channels = channels_of("densenet-bc-16-4")
+    kept = settled(channels, at_random(channels, 0.5, seed=1))
+    needed = channels.needed(kept)
+    read = {reader.name: [] for reader in channels.readers}
+    for reader in channels.readers:
+        begin = 0
+        for source, count in reader.inputs:
+            if source is not None:
+                read[source].append(kept[reader.name][begin : begin + count])
+            begin += count
+    for name, parts in read.items():
+        if parts:
+            assert (needed[name] == np.any(parts, axis=0)).all()
+
+
+def test_gates_are_taken_apart_in_the_order_of_the_layers():
+    _, channels = channels_of("densenet-bc-16-4")
+    flat = np.arange(sum(channels.sizes))
+    parts = channels.split(flat)
+    assert list(parts) == [reader.name for reader in channels.gated]
+    assert np.concatenate(list(parts.values())).tolist() == flat.tolist()
+    assert [len(part) for part in parts.values()] == channels.sizes
+
+
+def test_readers_read_what_there_is():
+    network, channels = channels_of("densenet-bc-22-4")
+    for reader in channels.readers:
+        layer = network.get_submodule(reader.name)
+        inputs = getattr(layer, "in_channels", None) or layer.in_features
+        assert reader.channels == inputs
+        if reader.norm:
+            assert network.get_submodule(reader.norm).num_features == inputs
+    (transition,) = (r for r in channels.readers if r.name == "body.1.2")
+    assert [c.source for c in transition.inputs] == [
+        "stem.0",
+        "body.0.0.conv2",
+        "body.0.1.conv2",
+        "body.0.2.conv2",
+    ]
+
+
+def test_nothing_is_computed_to_count():
+    with torch.device("meta"):
+        network = build_model("densenet-bc-16-4", 5, 1)
+    _, channels = channels_of("densenet-bc-16-4")
+    assert Channels(network, 8).whole == channels.whole
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("wrn-10-1-x0.25", "Block, which body.0.0 is"),
+        ("googlenet-x0.05", "Inception, which body.0.0 is"),
+        ("shufflenetv2-x0.1", "Unit, which body.0.0 is"),
+        ("mobilenetv2-x0.1", "InvertedResidual, which body.0.0 is"),
+    ],
+)
+def test_networks_without_gates_are_refused_by_their_first_strange_layer(name, kind):
+    with pytest.raises(ValueError, match=f"There are no gates for a {kind}"):
+        read_channels(build_model(name, 5, 1, seed=0))
