@@ -28,6 +28,7 @@ from kdlib import (
 from kdlib.connections import drop_rates
 from kdlib.engine.lane import Lane
 from kdlib.engine.trainee import trained_networks
+from kdlib.errors import NothingFound
 from kdlib.exhibits import Exhibit
 from kdlib.files import home, results
 from kdlib.models.architecture import MARK, Architecture, file_of, load_architecture
@@ -366,7 +367,7 @@ def test_however_hard_a_search_pushes_a_network_is_left():
     trained = train([search(strength=1000.0)])[0]
     assert 0 < trained.final["macs_share"] < 0.02
     assert torch.isfinite(extract(trained)(torch.zeros(2, 1, 8, 8))).all()
-    kdlib.build_model(architecture(trained).save(), classes=10, channels=1)
+    build_model(architecture(trained).save(), classes=10, channels=1)
 
 
 def test_a_search_that_cut_its_network_has_found_nothing():
