@@ -19,6 +19,7 @@ from kdlib.methods import (
     STC,
     AttentionTransfer,
     FactorTransfer,
+    GateSearch,
     Hint,
     MutualLearning,
     RocketLaunching,
@@ -26,6 +27,7 @@ from kdlib.methods import (
 )
 from kdlib.methods.route import OneStage, multi_stage
 from kdlib.store import fingerprint
+from kdlib.student_search import FoundStudent, cost_of, extraction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +87,8 @@ def advance(lane, steps):
 
 def finish(lane):
     while True:
-        advance(lane, lane.steps)
+        while lane.taken < lane.steps:  # fewer than planned where the method ends the epoch
+            lane.advance()
         lane.end_epoch()
         if lane.finished:
             return lane
@@ -442,6 +445,41 @@ def test_stages_and_searches_train_side_by_side(gpu):
     seen = divergences(all_of_them)
     assert seen.anchor.tolist() == [1, 1, 1, 2, 2, 2]
     assert (seen.kl > 0).all()
+
+
+# --- a search, whose gates have an optimizer of their own and whose end depends on them -----------
+
+DENSE = replace(RUN, model="densenet-bc-16-4")
+SEARCH = replace(
+    DENSE, method=GateSearch(DENSE, budget=0.5, strength=0.5, rate=0.05), start=DENSE, seed=1
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_captured_search_equals_an_eager_one(start, gpu, monkeypatch, dtype):
+    train([DENSE], device=gpu)
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: dtype)
+    captured, eager = (finish(start(SEARCH, capture=c)) for c in (True, False))
+    assert captured.arrived
+    assert captured.taken == eager.taken < captured.planned
+    assert training_log(captured) == training_log(eager)
+    assert_equal(whole(captured), whole(eager))
+
+
+def test_capturing_a_search_moves_no_gate(start, gpu):
+    train([DENSE], device=gpu)
+    lane = start(SEARCH, capture=True)
+    gates = lane.trainee.networks["gates"].values
+    assert (gates == 1).all()
+    assert not lane.trainee.optimizers["gates"].state[gates]["momentum_buffer"].any()
+
+
+def test_what_is_found_on_a_gpu_trains_there(gpu):
+    (found,) = train([FoundStudent(SEARCH, replace(DENSE, method=KD(DENSE)))], device=gpu)
+    searched = store.find_record(SEARCH)
+    assert cost_of(found.run).macs == searched.final["macs"]
+    agreement = extraction(searched).iloc[0]
+    assert agreement.difference < 1e-3 * agreement.logit
 
 
 # Last: an index out of bounds would leave the device unusable for what comes after.
