@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,13 +59,14 @@ class Exhibit:
         self,
         row: str,
         column: str,
-        results: Iterable[Trained],
+        results: Iterable[Trained | None],
         value: str | Callable[[Trained], float] | Mapping[int, float],
     ) -> None:
         """One cell, one value per seed: a column of the last epoch's log, what a function says of
         each result, or a mapping of seeds.
 
-        The last epoch is what counts; nothing is chosen by the test set.
+        The last epoch is what counts; nothing is chosen by the test set. None, for what failed, is
+        passed over.
         """
         if isinstance(value, str):
             read = lambda trained: trained.final[value]  # noqa: E731
@@ -72,7 +74,7 @@ class Exhibit:
             read = lambda trained: value[trained.run.seed]  # noqa: E731
         else:
             read = value
-        for trained in results:
+        for trained in filter(None, results):
             self.uses(trained)
             cell, number = self.cells.setdefault((row, column), {}), float(read(trained))
             if cell.setdefault(trained.run.seed, number) != number:
@@ -172,17 +174,32 @@ class Exhibit:
             self._write(f"{name}.{kind}", buffer.getvalue(), about)
         self._write(f"{name}.csv", data.to_csv(index=False), about)
 
-    def animation(self, frames: FuncAnimation, alt: str, name: str = "animation") -> bytes:
-        """Save an animation as GIF and return it.
+    def animation(
+        self,
+        figure: Figure,
+        draw: Callable[[Any], None],
+        frames: Iterable,
+        alt: str,
+        name: str = "animation",
+        seconds: float = 0.6,
+    ) -> bytes:
+        """Save as GIF what ``draw`` makes of the figure for every frame, and return it.
 
         Args:
             alt: what it shows, for who cannot see it.
+            seconds: of one frame.
         """
-        if self.used and not self.profile.evidence:
-            plots.stamp(frames._fig, NO_EVIDENCE)
+
+        def draw_stamped(frame: Any) -> None:
+            figure.clear()
+            draw(frame)
+            if self.used and not self.profile.evidence:
+                plots.stamp(figure, NO_EVIDENCE)
+
         with TemporaryDirectory() as folder:
             path = Path(folder) / "frames.gif"
-            frames.save(path, writer="pillow")
+            moving = FuncAnimation(figure, draw_stamped, list(frames), interval=1000 * seconds)
+            moving.save(path, writer="pillow")
             content = path.read_bytes()
         self._write(f"{name}.gif", content, self.provenance() | {"alt": alt})
         return content

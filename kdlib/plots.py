@@ -1,7 +1,10 @@
 """One style for every figure: colour-blind safe, never colour alone, legible in print."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from kdlib.connections import DenseBlock
+if TYPE_CHECKING:
+    from kdlib.connections import DenseBlock
 
 # Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -171,12 +175,10 @@ def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -
 
 def pareto(cost: pd.Series, error: pd.Series) -> list[str]:
     """Whom nobody beats: no other costs no more and errs less, or costs less and errs no more."""
-    front, best = [], np.inf
-    for name in pd.DataFrame({"cost": cost, "error": error}).sort_values(["cost", "error"]).index:
-        if error[name] < best:
-            front.append(name)
-            best = error[name]
-    return front
+    cheaper = cost.to_numpy()[:, None] < cost.to_numpy()
+    better = error.to_numpy()[:, None] < error.to_numpy()
+    beaten = (cheaper & ~better.T) | (better & ~cheaper.T)
+    return [*cost[~beaten.any(0)].sort_values().index]
 
 
 def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:

@@ -25,7 +25,7 @@ FOLLOWED = {
     ("mobilenetv2-t4-w0.35", CrossEntropy): range(1, 241),  # RCO's Figure 5
     ("mobilenetv2-t4-w0.35", KD): range(1, 241),
     ("resnet20", STC): range(50, 501, 50),  # where to cut
-    ("densenet-bc-100-12", GateSearch): range(2, 301, 2),  # the search, epoch by epoch
+    ("densenet-bc-100-12", GateSearch): range(5, 301, 5),  # the search, epoch by epoch
 }
 
 

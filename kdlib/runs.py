@@ -84,6 +84,10 @@ class Run:
         self.method.check(self)
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
+        if not self.method.whole and self.route:
+            raise ValueError(f"The student of {self} is no network by itself: it has no route.")
+        if self.start and not self.start.method.whole:
+            raise ValueError(f"{self.start} is no start: its student needs what it trained along.")
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):
             raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from kdlib import files
 from kdlib.errors import StoreError
 from kdlib.models import Staged, build_model, load_weights
-from kdlib.models.architecture import MARK, places_of
+from kdlib.models.architecture import MARK, file_of, load_architecture
 from kdlib.runs import ENGINE_VERSION, Run
 
 # In a checkpoint, before the names of what was trained along.
@@ -221,7 +222,7 @@ class Trained:
 
     @property
     def passes(self) -> float:
-        """The same without what was left of the last one."""
+        """Epochs used, the last counted by the share of its steps."""
         return self.closing.get("arrived", self.epochs)
 
     @property
@@ -234,8 +235,14 @@ class Trained:
         """The network after ``epoch`` epochs (None: at the end), in eval mode, on the CPU.
 
         Raises StoreError where the store has no such weights, or damaged ones; where only a record
-        is there, ``train([run], weights=True)`` makes them.
+        is there, ``train([run], weights=True)`` makes them. Raises ValueError where the network is
+        nothing without what was trained along, as that of a search.
         """
+        if not self.run.method.whole:
+            raise ValueError(
+                f"The student of {self.run} is no network by itself: kdlib.student_search.extract "
+                f"gives the one that was found."
+            )
         epoch = self.run.recipe.epochs if epoch is None else epoch
         model, found = load_checkpoint(self.run, epoch)
         if found != self.closing["weights"].get(str(epoch)):
@@ -275,7 +282,7 @@ def _read_record(run: Run, path: Path) -> Trained:
     head, *log, last = map(json.loads, path.read_text().splitlines())
     if head["run"] != json.loads(json.dumps(run.description)):
         raise ValueError("it describes another run")
-    whole = len(log) if last["closing"].get("arrived") else run.recipe.epochs
+    whole = math.ceil(last["closing"].get("arrived", run.recipe.epochs))
     if [row["epoch"] for row in log] != list(range(1, whole + 1)):
         raise ValueError("epochs are missing")
     return Trained(run, pd.DataFrame(log), last["closing"])
@@ -285,8 +292,8 @@ def copy_record(run: Run, destination: Path) -> None:
     """Copy a run's record and measurements from the store to a profile's records, and where its
     model is an architecture that was found, that."""
     if MARK in run.model:
-        source = next(path for path in places_of(run.model) if path.exists())
-        files.write_atomic(destination / source.name, source.read_bytes())
+        found = load_architecture(run.model)
+        files.write_atomic(destination / file_of(run.model), found.text)
     for path in folder(run).glob("measure-*.json"):
         files.write_atomic(destination / f"{run.id}.{path.name}", path.read_bytes())
     if (record := folder(run) / "record.jsonl").exists():

@@ -1,20 +1,19 @@
 """Students found inside their teacher: search, extract, train from scratch."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import pandas as pd
 import torch
 from torch.func import functional_call
 
-from kdlib.data import Images, load_data
+from kdlib.costs import channels_of
+from kdlib.data import load_data
 from kdlib.engine.trainee import trained_networks
 from kdlib.errors import NothingFound
 from kdlib.methods import GateSearch
-from kdlib.models import Cost, Staged, build_model, count_cost, load_weights
-from kdlib.models.architecture import Architecture
-from kdlib.models.channels import Channels
+from kdlib.models import Staged, count_cost, load_weights
+from kdlib.models.architecture import Architecture, random_architecture
 from kdlib.models.pruned import prune
 from kdlib.runs import Run
 from kdlib.store import Trained, measure
@@ -70,7 +69,20 @@ class FoundStudent:
         """The runs of the chain, as long as their recipes say and the student as the teacher: what
         it may cost at most."""
         again = [replace(self.search, method=replace(self.search.method, held_at=self.held))]
-        return [self.search, *(again if self.held else []), self.student]
+        student = {f.name: getattr(self.student, f.name) for f in fields(Run)}
+        chain = f"{type(self).__name__} {self.search.id} {self.held}"
+        return [self.search, *(again if self.held else []), Foreseen(**student, of=chain)]
+
+
+@dataclass(frozen=True)
+class Foreseen(Run):
+    """Stands in, in forecasts, for a run whose network is not known yet, nor so its id.
+
+    Attributes:
+        of: tells it from others.
+    """
+
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,9 @@ class RandomStudent(FoundStudent):
     """The control of ``FoundStudent``: a random part of the teacher that costs what was found."""
 
     def choose(self, trained):
+        _check_end(trained)
         run = trained.run
-        channels = channels_of(run.model, load_data(run.data, "test"))
-        return random_architecture(run.model, channels, trained.final["macs"], run.seed)
+        return random_architecture(run.model, channels_of(run), trained.final["macs"], run.seed)
 
 
 def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
@@ -89,10 +101,13 @@ def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
     Args:
         epoch: what was open after this one of its epochs; None for the end.
 
-    Raises NothingFound where the search ended above its budget, or closed all of a layer.
+    Raises NothingFound where the search ended above its budget, or nothing is left of the network;
+    ValueError for an epoch that it did not have.
     """
     if epoch is None:
         _check_end(trained)
+    elif trained.epochs < epoch < trained.run.recipe.epochs:
+        raise ValueError(f"{trained.run} ended in epoch {trained.epochs}: there is no {epoch}.")
     table = measure(trained, kept_channels, epoch=epoch)
     return Architecture(trained.run.model, tuple(zip(table.layer, table.kept, strict=True)))
 
@@ -166,43 +181,3 @@ def _networks(trained: Trained, epoch: int | None = None):
     epoch = run.recipe.epochs if epoch is None else epoch
     images = load_data(run.data).first(run.images)
     return trained_networks(run, epoch, images, trained.closing["weights"].get(str(epoch)))
-
-
-def cost_of(run: Run) -> Cost:
-    """What a run's network costs on the images it sees."""
-    images = load_data(run.data, "test")
-    classes, channels, size = _shape(images)
-    return count_cost(build_model(run.model, classes, channels, seed=0), size)
-
-
-def channels_of(model: str, images: Images | None = None) -> Channels:
-    """The channels of a network by name, for these images; for None those of CIFAR-10."""
-    classes, channels, size = (10, 3, 32) if images is None else _shape(images)
-    return Channels(build_model(model, classes, channels, seed=0), size)
-
-
-def _shape(images: Images) -> tuple[int, int, int]:
-    return (
-        images.classes,
-        images.channels,
-        images.batch(torch.zeros(1, dtype=torch.int64)).shape[-1],
-    )
-
-
-def random_architecture(model: str, channels: Channels, macs: int, seed: int) -> Architecture:
-    """Gates closed in random order until what is left has no more multiply-accumulates than these.
-
-    The control that the paper lacks: the same teacher, the same gates, the same cost, no search.
-    """
-    order = np.random.default_rng(seed).permutation(sum(channels.sizes))
-
-    def after(closed: int):
-        is_open = np.ones(len(order), bool)
-        is_open[order[:closed]] = False
-        return channels.settle(channels.split(is_open))
-
-    low, high = 0, len(order)  # the cost falls with every gate that is closed
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if channels.macs(after(middle)) > macs else (low, middle)
-    return Architecture.of(model, channels, after(low))

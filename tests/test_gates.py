@@ -485,19 +485,29 @@ def test_the_last_gate_of_a_neck_stays_and_no_other():
         assert gates.tolist() == pytest.approx([0, 0.5, 0, 0, 0])
 
 
-def test_necks_are_the_layers_that_nothing_leads_around():
-    named = {}
-    for name in ("densenet-bc-16-4", "resnet8-x0.25", "vgg13-x0.0625"):
-        gates = Gates(Channels(build_model(name, classes=10, seed=0), image_size=16))
-        begins = dict(
-            zip(
-                np.cumsum([0, *gates.channels.sizes[:-1]]).tolist(),
-                gates.channels.gated,
-                strict=True,
-            )
-        )
-        named[name] = [begins[begin].name for begin, _ in gates.necks]
-        assert all(end - begin == begins[begin].channels for begin, end in gates.necks)
-    assert named["densenet-bc-16-4"] == ["body.1.2", "body.2.2"]
-    assert named["resnet8-x0.25"] == []
-    assert len(named["vgg13-x0.0625"]) == 9
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("densenet-bc-16-4", ["body.1.2", "body.2.2"]), ("resnet8-x0.25", []), ("vgg13-x0.0625", 9)],
+)
+def test_necks_are_on_the_first_connection_of_what_nothing_leads_around(name, layers):
+    channels = Channels(build_model(name, classes=10, seed=0), image_size=16)
+    begins = np.cumsum([0, *channels.sizes[:-1]]).tolist()
+    gated = dict(zip(begins, channels.gated, strict=True))
+    named = [gated[begin].name for begin, _ in channels.necks]
+    assert layers in (named, len(named))
+    for begin, end in channels.necks:
+        assert end - begin == gated[begin].inputs[0].channels
+
+
+def test_a_network_is_left_though_all_layers_of_a_block_die():
+    """The transition's largest gate reads one of them: it is another that stays."""
+    gates = Gates(Channels(build_model("densenet-bc-16-4", classes=10, seed=0), image_size=16))
+    parts = gates.channels.split(np.full(sum(gates.channels.sizes), 0.5, np.float32))
+    for name in ("body.1.2", "body.2.2"):
+        parts[name][-4:] = 0.9  # of the block's last layer
+    gates.values.data = torch.tensor(np.concatenate([*parts.values()]))
+    settings = {"necks": gates.channels.necks}
+    optimizer = AcceleratedProximal([gates.values], torch.full_like(gates.values, 10), **settings)
+    gates.values.grad = torch.zeros_like(gates.values)
+    optimizer.step()
+    assert gates.macs() > 0

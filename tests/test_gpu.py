@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdlib import KD, Recipe, Run, build_model, load_data, store, train
+from kdlib.costs import cost_of
 from kdlib.engine import LabelBank, trainee
 from kdlib.engine import lane as lane_module
 from kdlib.engine.bank import Shelf
@@ -27,7 +28,7 @@ from kdlib.methods import (
 )
 from kdlib.methods.route import OneStage, multi_stage
 from kdlib.store import fingerprint
-from kdlib.student_search import FoundStudent, cost_of, extraction
+from kdlib.student_search import FoundStudent, extraction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +90,7 @@ def finish(lane):
     while True:
         while lane.taken < lane.steps:  # fewer than planned where the method ends the epoch
             lane.advance()
+            lane.look()
         lane.end_epoch()
         if lane.finished:
             return lane

@@ -11,7 +11,7 @@ from gated import BOTTLENECKS, SMALL, close, gated_logits, gates_of, images, liv
 from torch import nn
 
 from kdlib import build_model, count_cost
-from kdlib.errors import StoreError
+from kdlib.errors import StoreError, UnknownName
 from kdlib.files import home, results
 from kdlib.models import load_weights
 from kdlib.models.architecture import MARK, Architecture, file_of
@@ -358,19 +358,33 @@ def test_a_damaged_architecture_is_refused(damage):
     name = found()[0].save()
     path = home() / file_of(name)
     path.write_text(damage[1](path.read_text()))
-    with pytest.raises(StoreError, match=r"is damaged.*[Rr]emove it"):
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(StoreError, match="is not in"),
+    ):
         build_model(name, 5, 1)
+    assert found()[0].save() == name  # mends it
+    build_model(name, 5, 1)
 
 
 def test_an_architecture_file_that_is_no_text_is_refused():
     name = found()[0].save()
     (home() / file_of(name)).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(StoreError, match="is damaged"):
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(StoreError):
         build_model(name, 5, 1)
 
 
 def test_a_file_under_another_architectures_name_is_refused():
     (first, _), (other, _) = found(seed=0), found(seed=1)
     (home() / file_of(first.save())).rename(home() / file_of(other.name))
-    with pytest.raises(StoreError, match=f"it is {first.name}, not {other.name}"):
+    with (
+        pytest.warns(UserWarning, match="its content changed"),
+        pytest.raises(StoreError, match="is not in"),
+    ):
         build_model(other.name, 5, 1)
+
+
+def test_the_hash_of_another_networks_architecture_names_that():
+    name = found()[0].save()
+    with pytest.raises(UnknownName, match=name):
+        build_model(name.replace("densenet-bc-16-4", "densenet-bc-16-5"), 5, 1)

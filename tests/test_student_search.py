@@ -1,5 +1,6 @@
 """Students found inside their teacher: the search as a run, what it finds, how that is trained."""
 
+import math
 import shutil
 from dataclasses import replace
 from importlib import import_module
@@ -26,23 +27,25 @@ from kdlib import (
     train,
 )
 from kdlib.connections import drop_rates
+from kdlib.costs import channels_of, cost_of, latencies
 from kdlib.engine.lane import Lane
 from kdlib.engine.trainee import trained_networks
-from kdlib.errors import NothingFound
+from kdlib.errors import NotFinite, NothingFound
 from kdlib.exhibits import Exhibit
 from kdlib.files import home, results
-from kdlib.models.architecture import MARK, Architecture, file_of, load_architecture
+from kdlib.methods.gates import _refuse_without_gates
+from kdlib.methods.route import OneStage
+from kdlib.models.architecture import (
+    MARK,
+    Architecture,
+    file_of,
+    load_architecture,
+    random_architecture,
+)
 from kdlib.models.channels import Channels
 from kdlib.profiles import open_profile
 from kdlib.store import fingerprint
-from kdlib.student_search import (
-    architecture,
-    channels_of,
-    cost_of,
-    extract,
-    kept_channels,
-    random_architecture,
-)
+from kdlib.student_search import RandomStudent, architecture, extract, kept_channels
 
 train_module = import_module("kdlib.engine.train")
 MODEL = "densenet-bc-16-4"
@@ -109,6 +112,12 @@ def steps_taken(monkeypatch):
     return taken
 
 
+def ungated(trained):
+    """The student's network by itself, as no user gets it."""
+    images = load_data("digits").first(128)
+    return trained_networks(trained.run, trained.run.recipe.epochs, images)["student"]
+
+
 # --- the search as a run --------------------------------------------------------------------------
 
 
@@ -123,7 +132,7 @@ def test_a_search_begins_as_its_teacher_with_all_gates_open():
 def test_weights_and_gates_move():
     trained = train([search(budget=0.01)])[0]
     before = store.find_record(TEACHER).model().state_dict()
-    after = trained.model().state_dict()
+    after = ungated(trained).state_dict()
     assert not [name for name in before if torch.equal(before[name], after[name])]
     values = gates_after(trained).values
     assert (values != 1).all()
@@ -173,7 +182,7 @@ def test_training_equals_a_plain_loop_of_both_optimizers():
                 shrunk = z.sign() * (z.abs() - 0.01 * 0.02 * a).clamp(min=0)
                 v.copy_(shrunk - gate + 0.9 * v)
                 gate.copy_((shrunk + 0.9 * v).clamp(min=0))
-    got = trained.model().state_dict()
+    got = ungated(trained).state_dict()
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(got[name], expected, rtol=1e-3, atol=1e-4, msg=name)
     gates = torch.cat(gates).detach()
@@ -187,7 +196,7 @@ def test_the_log_tells_of_the_gated_network():
     test = load_data("digits", "test")
     with torch.no_grad():
         x = test.batch(torch.arange(len(test)))
-        whole = trained.model()(x)
+        whole = ungated(trained)(x)
         logits = extract(trained)(x)
     top1 = 100 * (logits.argmax(1) == test.labels).float().mean().item()
     assert trained.final["test_top1"] == pytest.approx(top1, abs=1e-3)
@@ -258,7 +267,7 @@ def test_a_search_that_ended_early_is_complete(epochs_trained):
         again = train([run], **options)[0]
         assert (again.closing, again.epochs) == (first.closing, first.epochs)
     assert not epochs_trained
-    assert first.model().state_dict().keys() == build_model(MODEL, 10, 1).state_dict().keys()
+    assert ungated(first).state_dict().keys() == build_model(MODEL, 10, 1).state_dict().keys()
     assert not (store.folder(run) / "state.safetensors").exists()
 
 
@@ -310,9 +319,32 @@ def test_searches_side_by_side_end_when_each_is_there(tiny, elsewhere):
     assert len({trained.epochs for trained in together}) > 1
 
 
-def test_a_search_with_a_route_is_complete_when_it_arrives():
-    trained = train([replace(search(), route=True)])[0]
-    assert len(trained.closing["logits"]) == trained.epochs < 6
+@pytest.mark.usefixtures("all_is_trained")
+def test_a_student_is_no_network_without_its_gates():
+    with pytest.raises(ValueError, match="extract"):
+        store.find_record(search()).model()
+    with pytest.raises(ValueError, match="no route"):
+        replace(search(), route=True)
+    with pytest.raises(ValueError, match="no start"):
+        replace(TEACHER, start=search())
+    with pytest.raises(ValueError, match="no teacher"):
+        KD(replace(search(), method=OneStage(search().method, gap=1)))
+
+
+def test_a_search_inside_what_was_found_is_refused():
+    name = Architecture(MODEL, ()).name
+    with pytest.raises(ValueError, match="found by a search itself"):
+        _refuse_without_gates(name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"epochs": 1, "budget": 0.01}])
+def test_what_is_not_finite_in_the_end_has_no_record(monkeypatch, settings):
+    evaluate, run = Lane._evaluate, search(**settings)
+    train([TEACHER])
+    monkeypatch.setattr(Lane, "_evaluate", lambda lane: evaluate(lane) | {"test_ce": math.nan})
+    with pytest.raises(NotFinite):
+        train([run])
+    assert store.find_record(run) is None
 
 
 # --- what it finds --------------------------------------------------------------------------------
@@ -397,8 +429,7 @@ def test_drop_rates_tell_of_every_connection():
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_random_architecture_costs_no_more_than_it_may(share):
-    test = load_data("digits", "test")
-    channels = channels_of(MODEL, test)
+    channels = channels_of(TEACHER)
     macs, costs, names = round(share * channels.whole), [], []
     for seed in range(5):
         found = random_architecture(MODEL, channels, macs, seed)
@@ -412,9 +443,36 @@ def test_a_random_architecture_costs_no_more_than_it_may(share):
 
 
 def test_channels_are_those_of_the_images_that_a_network_sees():
-    assert channels_of(MODEL).whole == count_cost(build_model(MODEL, 10, 3), 32).macs
-    digits = channels_of(MODEL, load_data("digits", "test"))
-    assert digits.whole == count_cost(build_model(MODEL, 10, 1), 8).macs
+    assert channels_of(TEACHER).whole == count_cost(build_model(MODEL, 10, 1), 8).macs
+    assert channels_of(TEACHER).whole == cost_of(TEACHER).macs
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_chain_is_never_cut(seed):
+    run = replace(TEACHER, model="vgg13-x0.03")
+    channels = channels_of(run)
+    found = random_architecture(run.model, channels, round(0.1 * channels.whole), seed)
+    assert channels.macs(channels.settle(found.is_open)) > 0
+
+
+def test_a_random_student_of_a_search_that_failed_is_refused_too():
+    never = search(epochs=1, budget=0.01)
+    student = replace(TEACHER, seed=5)
+    both = [FoundStudent(never, student), RandomStudent(never, student), never, TEACHER]
+    with pytest.raises(NothingFound, match="larger strength"):
+        train(both)
+    with pytest.warns(UserWarning, match="larger strength"):
+        found, random, searched, teacher = train(both, partial=True)
+    assert found is random is None
+    assert (searched.run, teacher.run) == (never, TEACHER)
+
+
+def test_latencies_are_of_every_network():
+    table = latencies({"one": TEACHER, "two": replace(TEACHER, model="resnet8-x0.25")}, rounds=2)
+    assert (table["ms a batch"] > 0).all()
+    assert table["MACs, M"].tolist() == pytest.approx(
+        [cost_of(replace(TEACHER, model=m)).macs / 1e6 for m in (MODEL, "resnet8-x0.25")], abs=1e-3
+    )
 
 
 # --- training it ----------------------------------------------------------------------------------
@@ -462,10 +520,13 @@ def test_a_divergence_can_be_held_in_a_second_search(epochs_trained):
 
 def test_what_a_chain_may_cost_is_known_before():
     plain, held = chain(), chain(held=0.5)
-    assert plain.foreseen() == [plain.search, plain.student]
-    first, again, student = held.foreseen()
-    assert (first, student) == (held.search, held.student)
+    _, again, student = held.foreseen()
     assert again.method.held_at == 0.5
+    assert student.recipe == held.student.recipe
+    everything = [run for c in (plain, held, chain(strength=0.4)) for run in c.foreseen()]
+    # three students that are not known yet, and that are not one
+    assert len({run.id for run in everything}) == 3 + 3
+    assert plain.student.id not in {run.id for run in everything}
 
 
 def test_a_chain_begins_with_a_search():

@@ -29,7 +29,7 @@ class Declared(Exception):
 
 
 def declared(notebook: book.Notebook, **parameters) -> list[Run]:
-    """The runs of a notebook's call of ``train``, a search counted as four stages.
+    """The runs of a notebook's call of ``train``, those of a search as it foresees them.
 
     Its cells are executed up to there; one that calls it nowhere is left alone.
     """

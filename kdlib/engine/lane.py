@@ -59,8 +59,8 @@ class Lane:
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.meter: dict[str, Tensor] = {}
-        # Of this epoch: how many there are, how many were planned, how many are done.
-        self.steps = self.planned = self.taken = 0
+        # Of this epoch: planned at its beginning, what it has in the end, done so far.
+        self.planned = self.steps = self.taken = 0
         self.epoch = 0
         # Of a run that may end before its recipe does.
         self.watched = self.arrived = False
@@ -114,10 +114,13 @@ class Lane:
         else:
             self.step()
         self.taken += 1
+
+    def look(self) -> None:
+        """After a step, end the epoch where the method has arrived. The host waits for the step."""
         if self.watched:
             self._synchronise()
             if self.run.method.arrived(self.trainee.networks):
-                self.steps = self.taken  # the epoch ends here
+                self.steps = self.taken
 
     def _synchronise(self) -> None:
         """Let what is read next wait for the steps."""
@@ -161,12 +164,13 @@ class Lane:
                 )
         row = {"epoch": self.epoch + 1, "lr": self.run.recipe.lr_at(self.epoch), **train}
         row |= self.run.method.told(self.trainee.networks) | self._evaluate()
-        self.arrived = self.run.method.arrived(self.trainee.networks)
-        self.epoch += 1
-        if self.finished and math.isnan(row["test_ce"]):
+        arrived = self.run.method.arrived(self.trainee.networks)
+        last = arrived or self.epoch + 1 == self.run.recipe.epochs
+        if last and math.isnan(row["test_ce"]):
             raise NotFinite(f"The weights of {self.run} left the finite numbers in its last steps.")
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.log.append(row)
+        self.epoch, self.arrived = self.epoch + 1, arrived
         for epoch in self._to_keep():
             networks = self.trainee.networks
             self.weights[str(epoch)] = store.save_networks(self.run, epoch, networks)

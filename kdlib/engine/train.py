@@ -19,7 +19,7 @@ from kdlib.engine.budget import label_sweeps
 from kdlib.engine.device import keep_large_blocks, pick_device
 from kdlib.engine.lane import Lane
 from kdlib.engine.progress import Progress
-from kdlib.errors import KdlibError, NotFinite, NothingFound, StoreError
+from kdlib.errors import NotFinite, NothingFound, StoreError
 from kdlib.methods.distill import Anchor
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -50,7 +50,8 @@ def train(
     device: str | torch.device | None = None,
     lanes: int | None = None,
     weights: bool = False,
-) -> list[Trained] | dict[Any, list[Trained]]:
+    partial: bool = False,
+) -> list[Trained | None] | dict[Any, list[Trained | None]]:
     """Train what the store and the committed records do not have yet; return one result per run.
 
     A mapping of rows to runs gives a mapping of rows to results; all are trained in one go. A
@@ -64,6 +65,7 @@ def train(
         lanes: how many students train at a time; None takes 1 on a CPU and 8 on a GPU. Fewer where
             memory runs out.
         weights: train also those runs of which only a record is there.
+        partial: give None for what failed, and warn, instead of raising NotFinite or NothingFound.
 
     Raises:
         NotFinite: a loss left the finite numbers.
@@ -72,7 +74,7 @@ def train(
     """
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
-        results = iter(train(chain(*rows.values()), device, lanes, weights))
+        results = iter(train(chain(*rows.values()), device, lanes, weights, partial))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     runs, device = list(runs), pick_device(device)
     searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
@@ -80,38 +82,42 @@ def train(
     torch.set_flush_denormal(True)
     keep_large_blocks()
     lanes = lanes or (1 if device.type == "cpu" else GPU_LANES)
-    failures: dict[str, KdlibError] = {}
-    while True:
+    failures: dict[str, NotFinite] = {}
+    without: dict[int, NothingFound] = {}
+    while searches:
         _ensure(runs, device, lanes, weights, failures)
-        searches = {k: s for k, s in searches.items() if runs[k].id not in failures}
-        following = {
-            k: _following(s, runs[k], device, lanes, failures) for k, s in searches.items()
-        }
-        searches = {k: s for k, s in searches.items() if following[k]}
-        if not searches:
-            break
-        for k in searches:
-            runs[k] = following[k]
-    if failures:  # told when the others are done: one bad run does not hold them up
-        first, *others = dict.fromkeys(failures.values())
-        for other in others:
-            first.add_note(str(other))
-        raise first
-    return [store.find_record(run) for run in runs]
+        for k, search in [*searches.items()]:
+            following = None
+            if runs[k].id not in failures:
+                try:
+                    following = _following(search, runs[k], device, lanes, failures)
+                except NothingFound as error:
+                    without[k] = error
+            if following:
+                runs[k] = following
+            else:
+                del searches[k]
+    _ensure(runs, device, lanes, weights, failures)
+    # told when all others are done: one that fails does not hold them up
+    errors = [*{str(e): e for e in [*failures.values(), *without.values()]}.values()]
+    if errors and not partial:
+        for other in errors[1:]:
+            errors[0].add_note(str(other))
+        raise errors[0]
+    for error in errors:
+        warnings.warn(str(error), stacklevel=2)
+    failed = {*without, *(k for k, run in enumerate(runs) if run.id in failures)}
+    return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
 
 
 def _following(
-    search: Search, run: Run, device: torch.device, lanes: int, failures: dict[str, KdlibError]
+    search: Search, run: Run, device: torch.device, lanes: int, failures: dict[str, NotFinite]
 ) -> Run | None:
     try:
-        try:
-            return search.following(store.find_record(run))
-        except StoreError:  # a clone with records alone: train what the search wants to look at
-            _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
-            return search.following(store.find_record(run))
-    except NothingFound as error:
-        failures[run.id] = error
-        return None
+        return search.following(store.find_record(run))
+    except StoreError:  # a clone with records alone: train what the search wants to look at
+        _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
+        return search.following(store.find_record(run))
 
 
 def _merge(runs: Iterable[Run]) -> list[Run]:
@@ -128,7 +134,7 @@ def _ensure(
     device: torch.device,
     lanes: int,
     weights: bool,
-    failures: dict[str, KdlibError],
+    failures: dict[str, NotFinite],
 ) -> None:
     """Train what is missing of these, teachers first.
 
@@ -243,7 +249,7 @@ def _train_some(
     lanes: int,
     progress: Progress,
     weights: bool,
-    failures: dict[str, KdlibError],
+    failures: dict[str, NotFinite],
 ) -> int:
     """Train up to ``lanes`` of the runs that no other process is training.
 
@@ -286,12 +292,12 @@ def _train_some(
     return lanes // 2
 
 
-def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dict[str, KdlibError]:
+def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dict[str, NotFinite]:
     """Train runs of one data set together, each step of every lane in turn.
 
     Returns by id why a run stopped whose loss left the finite numbers.
     """
-    failures: dict[str, KdlibError] = {}
+    failures: dict[str, NotFinite] = {}
     images = load_data(runs[0].data, "train", device).first(runs[0].images)
     test = load_data(runs[0].data, "test", device)
     BANKS.wanted = {store.saved_fingerprint(*anchor) for anchor in label_sweeps(runs)}
@@ -302,14 +308,17 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dic
             for lane in active:
                 lane.begin_epoch()
             for step in range(max(lane.steps for lane in active)):
-                for lane in active:
-                    if step < lane.steps:
-                        lane.advance()
+                going = [lane for lane in active if step < lane.steps]
+                for lane in going:  # all are under way before the host waits for any
+                    lane.advance()
+                for lane in going:
+                    lane.look()
             for lane in active:
                 try:
                     progress.epoch(lane.run, lane.end_epoch(), lane.finished)
                 except NotFinite as error:
                     failures[lane.run.id] = error
+                    continue
                 if lane.finished:
                     lane.close()
                     progress.skip(lane.run.recipe.epochs - lane.epoch)

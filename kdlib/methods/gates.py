@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher
+from kdlib.models.architecture import MARK
 from kdlib.models.channels import Channels, Kept, read_channels
 from kdlib.models.names import builder
 from kdlib.models.staged import Staged
@@ -77,8 +79,7 @@ class GateSearch(FromTeacher):
     def check(self, run):
         if run.start != self.teacher or self.anchor != self.teacher.recipe.epochs:
             raise ValueError(f"A search begins as its teacher: give {run} start={self.teacher}.")
-        with torch.device("meta"):
-            read_channels(builder(run.model)(classes=2, channels=1))
+        _refuse_without_gates(run.model)
 
     def parts(self, student, teacher, x):
         return {"gates": Gates(Channels(student, x.shape[-1]), self.weighted)}
@@ -86,7 +87,7 @@ class GateSearch(FromTeacher):
     def optimizers(self, parts):
         gates = parts["gates"]
         threshold = self.rate * self.strength * gates.alpha
-        settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.necks}
+        settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.channels.necks}
         return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
@@ -127,6 +128,14 @@ class GateSearch(FromTeacher):
         return gates.share(above=REACH * an_epoch) <= self.budget
 
 
+@lru_cache
+def _refuse_without_gates(model: str) -> None:
+    if MARK in model:
+        raise ValueError(f"{model} was found by a search itself: search in the whole network.")
+    with torch.device("meta"):
+        read_channels(builder(model)(classes=2, channels=1))
+
+
 class Gates(nn.Module):
     """A gate on every channel that a gated layer reads, 1 at first.
 
@@ -138,7 +147,6 @@ class Gates(nn.Module):
     Attributes:
         values: the gates ``[m]``, layer by layer.
         alpha: α ``[m]``, their weights in the penalty; their mean is 1.
-        necks: where the gates of each layer begin and end that nothing leads around.
     """
 
     def __init__(self, channels: Channels, weighted: bool = True):
@@ -149,9 +157,6 @@ class Gates(nn.Module):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
-        ends = np.cumsum(channels.sizes).tolist()
-        ranges = zip(channels.gated, [0, *ends], ends, strict=False)
-        self.necks = [(begin, end) for reader, begin, end in ranges if reader.block is None]
         # Of every reader, which layer each of its channels comes from: the last stands for none.
         numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
         sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
@@ -214,8 +219,8 @@ class AcceleratedProximal(torch.optim.Optimizer):
         threshold: a, that is η·λ₂·α, of the parameters' shape.
         lr: η, which never falls.
         momentum: μ.
-        necks: ranges of which the last positive value stays as it is, where all would vanish at
-            once: without them the network is cut in two.
+        necks: ranges of which the largest value stays as it is where all would vanish: without any
+            the network would be cut in two.
     """
 
     # Told of half precision's scale and overflow by tensors: no host sync in a step.

@@ -44,6 +44,10 @@ class OneStage(Method):
         return self.method.live
 
     @property
+    def whole(self):
+        return self.method.whole
+
+    @property
     def labelled(self):
         return self.method.labelled
 

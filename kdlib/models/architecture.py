@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from kdlib import files
-from kdlib.errors import StoreError
+from kdlib.errors import StoreError, UnknownName
 from kdlib.models.channels import Channels, Kept
 from kdlib.models.pruned import prune
 from kdlib.models.staged import Staged, initialise
@@ -50,7 +49,7 @@ class Architecture:
     def save(self) -> str:
         """Write it to the store, where its name is looked up, and return the name."""
         path = files.home() / file_of(self.name)
-        if not path.exists():
+        if not path.exists() or path.read_bytes() != self.text.encode():  # absent or damaged
             files.write_atomic(path, self.text)
         return self.name
 
@@ -81,25 +80,48 @@ def file_of(name: str) -> str:
 def load_architecture(name: str) -> Architecture:
     """An architecture by name, from the store, else from any profile's committed records.
 
-    Raises StoreError where it is in neither or damaged.
+    A damaged file is named in a warning and passed over. Raises StoreError where there is no other,
+    UnknownName where that of this hash is another network's.
     """
-    for path in places_of(name):
-        if path.exists():
-            try:
-                content = json.loads(path.read_text())
-                found = Architecture(content["base"], tuple(content["kept"].items()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise StoreError(f"{path} is damaged ({error}): remove it.") from error
-            if found.name != name:
-                raise StoreError(f"{path} is damaged: it is {found.name}, not {name}. Remove it.")
-            return found
+    committed = files.results().glob(f"*/records/{file_of(name)}")
+    for path in (files.home() / file_of(name), *committed):
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text())
+            found = Architecture(content["base"], tuple(content["kept"].items()))
+            if file_of(found.name) != path.name:
+                raise ValueError("its content changed")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            warnings.warn(f"The architecture {path} is damaged ({error}).", stacklevel=2)
+            continue
+        if found.name != name:
+            raise UnknownName("model", name, [found.name])
+        return found
     raise StoreError(
         f"The architecture {name} is not in {files.home()}: the search that found it writes it "
         f"there when it is run again."
     )
 
 
-def places_of(name: str) -> Iterator[Path]:
-    """Where the file of an architecture may be."""
-    yield files.home() / file_of(name)
-    yield from files.results().glob(f"*/records/{file_of(name)}")
+def random_architecture(model: str, channels: Channels, macs: int, seed: int) -> Architecture:
+    """Gates closed in random order until what is left has no more multiply-accumulates than these.
+
+    The control that the paper lacks: the same teacher, the same gates, the same cost, no search.
+    The last gate of a neck stays, as in a search.
+    """
+    # not a permutation, whose order numpy may change from one version to the next
+    order = np.random.default_rng(seed).random(sum(channels.sizes)).argsort(kind="stable")
+    last = {begin + order.argsort()[begin:end].argmax() for begin, end in channels.necks}
+
+    def after(closed: int) -> Kept:
+        is_open = np.ones(len(order), bool)
+        is_open[order[:closed]] = False
+        is_open[[*last]] = True
+        return channels.settle(channels.split(is_open))
+
+    low, high = 0, len(order)  # the cost falls with every gate that is closed
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if channels.macs(after(middle)) > macs else (low, middle)
+    return Architecture.of(model, channels, after(low))

@@ -138,6 +138,20 @@ class Channels:
         self._besides = count_cost(network, image_size).macs - self._of_readers(everything)
         self.whole = self.macs(everything)
 
+    @property
+    def necks(self) -> list[tuple[int, int]]:
+        """Ranges of gates of which one must stay open, or nothing is left of the network.
+
+        Of each gated layer that nothing leads around, those on its first connection, whose source
+        cannot die.
+        """
+        begins = np.cumsum([0, *self.sizes]).tolist()
+        return [
+            (begin, begin + reader.inputs[0].channels)
+            for reader, begin in zip(self.gated, begins, strict=False)
+            if reader.block is None
+        ]
+
     def split(self, flat: np.ndarray) -> Kept:
         """One value per gate, taken apart by gated layer."""
         parts = np.split(flat, np.cumsum(self.sizes)[:-1])

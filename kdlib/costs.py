@@ -1,4 +1,4 @@
-"""How long networks take, beside what they cost."""
+"""What the networks of runs cost on the images they see: counted, and measured."""
 
 import statistics
 import time
@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.data import load_data
-from kdlib.models import build_model, count_cost
+from kdlib.models import Cost, Staged, build_model, count_cost
+from kdlib.models.channels import Channels
 from kdlib.runs import Run
+
+
+def cost_of(run: Run) -> Cost:
+    """Parameters and multiply-accumulates of a run's network."""
+    return count_cost(_built(run), _image_size(run))
+
+
+def channels_of(run: Run) -> Channels:
+    """Who reads whose channels in a run's network, and what that costs."""
+    return Channels(_built(run), _image_size(run))
 
 
 def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.DataFrame:
@@ -25,7 +36,7 @@ def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.
     rows = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         images = x.to(device)
-        networks = {name: _built(run).to(device) for name, run in runs.items()}
+        networks = {name: _built(run).eval().to(device) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds + 2):
             for name, network in networks.items():
@@ -38,10 +49,14 @@ def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.
     return pd.DataFrame(rows, columns=columns).set_index("network").round(3)
 
 
-def _built(run: Run) -> nn.Module:
+def _built(run: Run) -> Staged:
     images = load_data(run.data, "test")
-    network = build_model(run.model, images.classes, images.channels, seed=0).eval()
+    network = build_model(run.model, images.classes, images.channels, seed=0)
     return network.to(memory_format=torch.channels_last)
+
+
+def _image_size(run: Run) -> int:
+    return load_data(run.data, "test").batch(torch.zeros(1, dtype=torch.int64)).shape[-1]
 
 
 @torch.no_grad()
