@@ -170,7 +170,7 @@ def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
         estimate=found,
         low=low,
         high=high,
-        as_claimed=bool(as_claimed),
+        as_claimed=None if math.isnan(found) else bool(as_claimed),
         n=n,
     )
 
@@ -231,6 +231,8 @@ def _correlation(claim: dict, cells: Cells) -> tuple[float, float, float, int] |
     x, y = (
         [np.mean(list(cells[row, claim[axis]].values())) for row in rows] for axis in ("x", "y")
     )
+    if min(np.ptp(x), np.ptp(y)) == 0:  # all alike: there is no correlation to speak of
+        return math.nan, math.nan, math.nan, len(rows)
     sign = 1 if "at_least" in claim else -1
     r = sign * float(np.corrcoef(x, y)[0, 1])
     if len(rows) < 4 or math.isnan(r) or abs(r) >= 1:

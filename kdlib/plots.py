@@ -168,7 +168,12 @@ def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -
             va="center",
             fontsize=6,
             color=colored[name],
-            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colored[name]},
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.3,
+                "color": colored[name],
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 

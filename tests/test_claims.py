@@ -313,6 +313,12 @@ def test_a_correlation_needs_points(verdict, count, expected):
     assert verdict(CORRELATION, points(X[:count], (X + NOISE)[:count])).verdict == expected
 
 
+def test_a_correlation_of_what_is_all_alike_says_nothing(verdict):
+    told = verdict(CORRELATION, points(X, 0 * X))
+    assert (told.verdict, told.as_claimed, told.n) == ("inconclusive", None, 12)
+    assert np.isnan(told.estimate)
+
+
 def test_an_unknown_kind_of_claim_is_named(verdict):
     with pytest.raises(ValueError, match="x/table1/claim: unknown kind 'guess'"):
         verdict({"kind": "guess"}, {})

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from matplotlib.figure import Figure
 
 from kdlib import KD, plots, scorecard, train
 from kdlib.claims import Verdict, all_claims
@@ -178,6 +179,21 @@ def test_a_smoke_run_is_stamped_as_no_evidence(table2, tmp_path):
     assert texts(figure) == [NO_EVIDENCE]
     folder = tmp_path / "results" / "smoke" / "rco" / "table2"
     assert NO_EVIDENCE in (folder / "table.md").read_text()
+
+
+def test_every_frame_of_a_smoke_animation_is_stamped(table2, tmp_path):
+    figure = Figure(figsize=(2, 1))
+
+    def draw_frame(frame):
+        figure.subplots().plot([0, frame])
+
+    table2.animation(figure, draw_frame, range(3), alt="A line rises.", name="rise")
+    assert [text.get_text() for text in figure.texts] == ["smoke run: no evidence"]
+    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
+    with PIL.Image.open(folder / "rise.gif") as image:
+        assert image.n_frames == 3
+    about = json.loads((folder / "rise.gif.json").read_text())
+    assert (about["alt"], set(about["runs"])) == ("A line rises.", set(table2.used))
 
 
 def test_other_profiles_are_not_stamped(trained, tmp_path):
