@@ -30,21 +30,17 @@ IMAGES = {"cpu": 512, "cuda": 12_800}
 class OnInputs(GateSearch):
     """Gates on activations, by hooks."""
 
-    def loss(self, step):
-        gates, network = step.parts["gates"].network, step.student.network
+    def gated(self, student, gates, x):
         handles = []
         values = gates.values.split(gates.channels.sizes)
         for reader, gate in zip(gates.channels.gated, values, strict=True):
-            layer = network.get_submodule(reader.name)
-            factor = gate.view(1, -1, 1, 1)
+            layer, factor = student.network.get_submodule(reader.name), gate.view(1, -1, 1, 1)
             hook = lambda _, inputs, factor=factor: (inputs[0] * factor,)  # noqa: E731
             handles.append(layer.register_forward_pre_hook(hook))
-        logits = step.student(step.x)
+        logits = student(x)
         for handle in handles:
             handle.remove()
-        terms = self.imitate(logits, step.targets, step.labels)
-        sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
-        return logits, {**terms, "sparsity": sparsity}
+        return logits
 
 
 def run_network(name: str, options: argparse.Namespace) -> list[dict]:

@@ -75,12 +75,13 @@ def epoch_axis(axes: Axes, label: str = "epoch") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def log_axis(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5 of every decade."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def log_axis(axes: Axes, which: str = "y") -> None:
+    """A logarithmic axis, x or y, with plain numbers at 1, 2 and 5 of every decade."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def name_lines(axes: Axes) -> None:

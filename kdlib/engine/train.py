@@ -44,6 +44,9 @@ class Search(Protocol):
     def looks_at(self, run: Run) -> list[Run]:
         """Runs whose weights or logits decide what follows ``run``."""
 
+    def foreseen(self) -> list[Run]:
+        """What the chain may cost, before anything of it is known."""
+
 
 def train(
     runs: Iterable[Run | Search] | Mapping[Any, Iterable[Run | Search]],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from kdlib.models.architecture import MARK
 from kdlib.models.channels import Channels, Kept, read_channels
 from kdlib.models.names import builder
 from kdlib.models.staged import Staged
+
+if TYPE_CHECKING:
+    from kdlib.engine.device import InFloat32
 
 TARGETS = ("soft", "output", "truth")
 # An epoch may be the search's last where the budget would be reached by closing all gates within
@@ -92,10 +96,14 @@ class GateSearch(FromTeacher):
 
     def loss(self, step):
         gates = step.parts["gates"].network
-        logits = step.student.with_weights(gates(step.student.network), step.x)
+        logits = self.gated(step.student, gates, step.x)
         terms = self.imitate(logits, step.targets, step.labels)
         sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
         return logits, {**terms, "loss": self.weight * terms["loss"], "sparsity": sparsity}
+
+    def gated(self, student: InFloat32, gates: Gates, x: Tensor) -> Tensor:
+        """Logits of the gated network."""
+        return student.with_weights(gates(student.network), x)
 
     def imitate(self, logits: Tensor, taught: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The first term of Eq. 3, or of Eq. 5; ``sparsity`` is minimised by the proximal step."""
@@ -109,10 +117,8 @@ class GateSearch(FromTeacher):
                 return {"loss": F.cross_entropy(logits, labels)}
 
     def joined(self, student, teacher, parts):
-        def gated(x: Tensor) -> Tensor:
-            return student.with_weights(parts["gates"].network(student.network), x)
-
-        return {"student": gated}  # it is the gated network that is tested
+        # it is the gated network that is tested
+        return {"student": partial(self.gated, student, parts["gates"].network)}
 
     def told(self, parts):
         gates = parts["gates"]

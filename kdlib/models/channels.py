@@ -169,7 +169,7 @@ class Channels:
             if reader.gated:
                 kept[reader.name] &= is_open[reader.name]
             lives[reader.name] = bool(kept[reader.name].any())
-        needed = {r.name: np.full(r.outputs, r.summed) for r in self.readers}
+        needed = self._summed()
         for reader in reversed(self.readers):
             if reader.outputs and not needed[reader.name].any():
                 kept[reader.name][:] = False
@@ -178,10 +178,14 @@ class Channels:
 
     def needed(self, kept: Kept) -> Kept:
         """Which outputs of every layer somebody keeps."""
-        needed = {r.name: np.full(r.outputs, r.summed) for r in self.readers}
+        needed = self._summed()
         for reader in self.readers:
             _note(reader, kept[reader.name], needed)
         return needed
+
+    def _summed(self) -> Kept:
+        """The outputs that nobody can leave out."""
+        return {r.name: np.full(r.outputs, r.summed) for r in self.readers}
 
     def macs(self, kept: Kept) -> int:
         """Multiply-accumulates of the network that keeps these channels alone."""
