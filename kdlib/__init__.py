@@ -6,7 +6,11 @@ from kdlib.engine import train
 from kdlib.errors import KdlibError
 from kdlib.greedy import GreedySearch
 from kdlib.methods import (
+    FSP,
     KD,
+    KDGAN,
+    KR,
+    NST,
     STC,
     AttentionTransfer,
     CrossEntropy,
@@ -26,7 +30,11 @@ from kdlib.student_search import FoundStudent
 
 __version__ = "0.1.0"
 __all__ = [
+    "FSP",
     "KD",
+    "KDGAN",
+    "KR",
+    "NST",
     "STC",
     "AttentionTransfer",
     "CrossEntropy",

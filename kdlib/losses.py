@@ -65,6 +65,34 @@ def nst(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     return within - 2 * _mean_kernel(student, teacher)
 
 
+def recoding(residual: Tensor, threshold: Tensor | float, gain: float = 2.0) -> Tensor:
+    """Mean of ρ(u), the sparse recoding penalty as this project reconstructs it (KR, Eq. 3, 4).
+
+    ρ(u) = 0 where |u| ≤ t, else gain/2·(u² - t²): its gradient is 0 within the threshold and gain·u
+    beyond. Without threshold and at gain 1 it is ½u², the dense penalty.
+    """
+    beyond = gain / 2 * (residual.square() - threshold**2)
+    return torch.where(residual.abs() > threshold, beyond, 0).mean()
+
+
+def aggregation_weights(features: Tensor) -> Tensor:
+    """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these,
+    without gradient (KR, Eq. 9: "to penalize more the layer with higher accumulation error")."""
+    spread = features.detach().flatten(1).std(1)
+    return spread / spread.sum()
+
+
+def concrete(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """A sample ``[b, classes]`` of the softmax of logits, relaxed so that it has a gradient:
+    softmax((log p + g) / τ), g = -log(-log u) (Gumbel-softmax; Jang et al. 2017).
+
+    Args:
+        uniform: u in (0, 1), of the logits' shape.
+    """
+    gumbel = -(-uniform.log()).log()
+    return F.softmax((F.log_softmax(logits, dim=1) + gumbel) / temperature, dim=1)
+
+
 def _attention_map(feature: Tensor) -> Tensor:
     return F.normalize(feature.square().mean(1).flatten(1))
 

@@ -24,6 +24,11 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK = OKABE_ITO
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# One look after the other, for lines that several panels share.
+LOOKS = tuple(
+    {"color": c, "ls": line, "marker": m}
+    for c, line, m in zip(OKABE_ITO, LINES, MARKERS, strict=True)
+)
 # How our numbers look beside the paper's, and those of ours that are not like for like.
 OURS = {"marker": "o", "color": VERMILION}
 OTHER = {"marker": "s", "mfc": "none", "color": GREEN}

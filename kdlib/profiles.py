@@ -40,6 +40,8 @@ class Profile:
         datasets: what stands in for a paper's data set; the paper's own where not named.
         models: likewise for networks.
         images: train on so many images only; None for all.
+        repeats: of a paper's data set that is much larger than its stand-in, how many epochs of
+            this count as one of that.
         axis: of each axis of a grid of networks, take the first so many; None for all.
         keep_route: of a teacher whose route is learned from, keep the weights of every so many of
             the paper's epochs, besides ``RCO_ROUTE``.
@@ -55,6 +57,7 @@ class Profile:
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     images: int | None = None
+    repeats: Mapping[str, int] = field(default_factory=dict)
     axis: int | None = None
     keep_route: int = 1
     gate_factors: tuple[float, float] = (1, 1)
@@ -81,17 +84,24 @@ class Profile:
         """The paper's number of epochs, in this profile: at least one."""
         return max(1, round(paper * self.length))
 
+    def iterations(self, paper: int) -> int:
+        """The paper's number of iterations, likewise."""
+        return self.epochs(paper)
+
     def dataset(self, paper: str) -> str:
         return self.datasets.get(paper, paper)
 
     def model(self, paper: str) -> str:
         return self.models.get(paper, paper)
 
-    def recipe(self, epochs: int, milestones: Iterable[int] = (), **settings) -> Recipe:
-        """The paper's recipe, its epochs and milestones scaled."""
-        return Recipe(
-            epochs=self.epochs(epochs), milestones=tuple(map(self.epochs, milestones)), **settings
-        )
+    def recipe(
+        self, epochs: int, milestones: Iterable[int] = (), data: str = "", **settings
+    ) -> Recipe:
+        """The paper's recipe, its epochs and milestones scaled; ``data`` is told where a profile
+        ``repeats`` it."""
+        repeats = self.repeats.get(data, 1)
+        scaled = [self.epochs(repeats * epoch) for epoch in (epochs, *milestones)]
+        return Recipe(epochs=scaled[0], milestones=tuple(scaled[1:]), **settings)
 
     def along(self, axis: Iterable) -> tuple:
         """The values of one axis of a grid of networks that are run."""
@@ -157,7 +167,8 @@ class Profile:
         ``grid`` tells of the seeds of a grid of networks.
 
         Keys name the quantity, values are the paper's: a data set or network by name, a number of
-        epochs or several as ``range`` of numbers in a key that ends in ``epochs``.
+        epochs or several as ``range`` of numbers in a key that ends in ``epochs``, one of
+        iterations in a key that ends so.
         """
         rows = []
         for key, value in paper.items():
@@ -165,6 +176,8 @@ class Profile:
                 several = value if isinstance(value, list | tuple) else [value]
                 here = ", ".join(str(self.epochs(epoch)) for epoch in several)
                 value = ", ".join(map(str, several))
+            elif key.endswith("iterations"):
+                here = self.iterations(value)
             elif key.startswith("data"):
                 here = label(self.dataset(value))
             else:
@@ -226,6 +239,7 @@ PROFILES = {
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS, **SMALL_SEARCH},
         images=1000,
+        repeats={"mnist": 60},
         axis=2,
         gate_factors=(250, 5),
         evidence=False,

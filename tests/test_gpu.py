@@ -111,9 +111,7 @@ def momentum(lane):
 
 def whole(lane):
     """Student and parts: weights, statistics and momentum."""
-    names = {p: name for name, p in lane.trainee.networks.named_parameters()}
-    states = {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in lane.trainee.momentum()}
-    return dict(lane.trainee.networks.state_dict()) | states
+    return lane.trainee.tensors()
 
 
 def assert_equal(first, second):
@@ -346,7 +344,7 @@ def test_capturing_a_pair_moves_nothing(start, method):
     assert_equal(
         dict(captured.trainee.networks.state_dict()), dict(eager.trainee.networks.state_dict())
     )
-    assert not any(s["momentum_buffer"].any() for _, s in captured.trainee.momentum())
+    assert not any(buffer.any() for buffer in captured.trainee.momentum().values())
 
 
 def test_a_captured_student_whose_live_teacher_changes_equals_an_eager_one(start, gpu):

@@ -67,6 +67,12 @@ class InFloat32:
             features = self.network.stages(x)
         return [feature.float() for feature in features]
 
+    def layers(self, x: Tensor) -> list[list[Tensor]]:
+        """As ``Staged.layers``."""
+        with half_precision(self.device, self.dtype):
+            stages = self.network.layers(x)
+        return [[feature.float() for feature in layers] for layers in stages]
+
     def until(self, stage: int, x: Tensor) -> Tensor:
         """As ``Staged.until``."""
         return self._float32(self.network.until, stage, x)

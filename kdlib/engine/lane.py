@@ -13,7 +13,7 @@ from kdlib import losses, store
 from kdlib.data import Images
 from kdlib.engine.bank import Shelf
 from kdlib.engine.device import environment
-from kdlib.engine.plan import epoch_batches, validation
+from kdlib.engine.plan import epoch_batches, noise, validation
 from kdlib.engine.teachers import Teachers
 from kdlib.engine.trainee import Trainee
 from kdlib.errors import NotFinite
@@ -57,6 +57,8 @@ class Lane:
         self.view = torch.zeros_like(self.index)
         self.labelled = run.method.labelled and run.method.labeller(0) is not None
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
+        noises = (*shape, run.method.noises, train.classes)
+        self.noise = torch.zeros(noises, device=self.device) if run.method.noises else None
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.meter: dict[str, Tensor] = {}
         # Of this epoch: planned at its beginning, what it has in the end, done so far.
@@ -94,6 +96,9 @@ class Lane:
                 self.index[: self.steps].flatten(), self.view[: self.steps].flatten()
             )
             self.targets[: self.steps].copy_(flat.view(self.steps, run.recipe.batch, -1))
+        if self.noise is not None:
+            drawn = noise(run.seed, run.epochs_before + self.epoch, self.noise.shape)
+            self.noise.copy_(drawn)
         self.trainee.set_rates(self.epoch)
         self.cursor.zero_()
         self.taken = 0
@@ -132,21 +137,26 @@ class Lane:
         index = self.index.index_select(0, self.cursor)[0]
         view = self.view.index_select(0, self.cursor)[0]
         labels = self.images.labels[index]
-        logits, terms = self.run.method.loss(
-            Step(
-                x=self.images.batch(index, view),
-                labels=labels,
-                targets=self.targets.index_select(0, self.cursor)[0] if self.labelled else None,
-                student=self.trainee.student,
-                teacher=self.teacher,
-                parts=self.trainee.parts,
-                frozen=self.frozen,
-            )
+        step = Step(
+            x=self.images.batch(index, view),
+            labels=labels,
+            targets=self.targets.index_select(0, self.cursor)[0] if self.labelled else None,
+            student=self.trainee.student,
+            teacher=self.teacher,
+            parts=self.trainee.parts,
+            frozen=self.frozen,
+            noise=self.noise.index_select(0, self.cursor)[0] if self.run.method.noises else None,
         )
+        told: dict[str, Tensor] = {}
+        for turn in self.trainee.turns:
+            terms = self.run.method.turn(turn, step)
+            self.trainee.update(terms[turn], turn)
+            told |= terms
+        logits, terms = self.run.method.loss(step)
         self.trainee.update(terms["loss"])
         self.cursor += 1
         hits = (logits.detach().argmax(1) == labels).float().mean()
-        for name, term in {**terms, "top1": 100 * hits}.items():
+        for name, term in {**told, **terms, "top1": 100 * hits}.items():
             if name not in self.meter:
                 self.meter[name] = torch.zeros((), device=self.device)
             self.meter[name] += term.detach()

@@ -41,6 +41,12 @@ def epoch_batches(seed: int, epoch: int, n: int, views: int, batch: int) -> tupl
     return order[:whole].view(-1, batch), view[:whole].view(-1, batch)
 
 
+def noise(seed: int, epoch: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform in (0, 1), for the steps of an epoch: drawn beforehand, as orders and views are."""
+    generator = torch.Generator().manual_seed(mix("uniform", seed, epoch))
+    return torch.rand(shape, generator=generator).clamp_(2**-24, 1 - 2**-24)
+
+
 def validation(n: int) -> Tensor:
     """A fixed random fifth of n training images, in order: RCO's X', which stays in training."""
     generator = torch.Generator().manual_seed(mix("validation", n))

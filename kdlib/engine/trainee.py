@@ -18,7 +18,8 @@ class Trainee:
     """Everything that training moves, at fixed addresses.
 
     Networks without a recipe of their own follow the student's. No parameter is shared, so that one
-    backward pass serves all optimizers.
+    backward pass serves all optimizers but those of the method's ``turns``, which move the student
+    as well and have a backward pass each.
 
     Args:
         run: whose student, and whose method's parts.
@@ -34,7 +35,8 @@ class Trainee:
         self.student, self.parts = called.pop("student"), called
         self.optimizers = run.method.optimizers(self.networks)
         own = {name: r for name, r in run.method.recipes().items() if name in self.networks}
-        self.recipes = {"student": run.recipe, **own}
+        self.turns = run.method.turns()
+        self.recipes = {"student": run.recipe, **own, **self.turns}
         # A tensor rate can change between replays; only the fused SGD takes one without a sync.
         self.rates = {
             name: torch.tensor(r.lr, device=self.device) for name, r in self.recipes.items()
@@ -48,7 +50,9 @@ class Trainee:
 
     def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
         followers = [self.networks[name]]
-        if name == "student":
+        if name in self.turns:
+            followers.append(self.networks["student"])
+        elif name == "student":
             others = self.networks.keys() - self.recipes.keys() - self.optimizers.keys()
             followers += [net for n, net in self.networks.items() if n in others]
         return torch.optim.SGD(
@@ -63,12 +67,13 @@ class Trainee:
         for name, recipe in self.recipes.items():
             self.rates[name].fill_(recipe.lr_at(epoch))
 
-    def update(self, loss: Tensor) -> None:
-        """Backward pass and one step of every optimizer."""
+    def update(self, loss: Tensor, turn: str | None = None) -> None:
+        """Backward pass and one step of the optimizer of a turn; for None, of all others."""
         self.forget_gradients()
         self.scaler.scale(loss).backward()
-        for optimizer in self.optimizers.values():
-            self.scaler.step(optimizer)
+        for name, optimizer in self.optimizers.items():
+            if name == turn or (turn is None and name not in self.turns):
+                self.scaler.step(optimizer)
         self.scaler.update()
 
     def forget_gradients(self) -> None:
@@ -84,44 +89,52 @@ class Trainee:
 
     # --- state ------------------------------------------------------------------------------------
 
-    def momentum(self) -> list[tuple[nn.Parameter, dict]]:
-        """Every parameter that was stepped, with its optimizer's state."""
-        return [pair for optimizer in self.optimizers.values() for pair in optimizer.state.items()]
+    def momentum(self) -> dict[tuple[str, nn.Parameter], Tensor]:
+        """By name of the optimizer and parameter that it stepped; nothing of one without it."""
+        return {
+            (name, parameter): state["momentum_buffer"]
+            for name, optimizer in self.optimizers.items()
+            for parameter, state in optimizer.state.items()
+            if state
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, statistics and momentum by name."""
         tensors = {f"networks.{name}": t for name, t in self.networks.state_dict().items()}
         names = {parameter: name for name, parameter in self.networks.named_parameters()}
-        for parameter, state in self.momentum():
-            if state:  # nothing without momentum
-                tensors[f"momentum.{names[parameter]}"] = state["momentum_buffer"]
+        for (optimizer, parameter), buffer in self.momentum().items():
+            tensors[f"momentum.{optimizer}.{names[parameter]}"] = buffer
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what ``tensors`` gave. Raises ValueError where it does not fit."""
         weights, momentum = (store.within(tensors, p) for p in ("networks.", "momentum."))
-        parameters = dict(self.networks.named_parameters())
-        if not momentum.keys() <= parameters.keys():
+        names = {parameter: name for name, parameter in self.networks.named_parameters()}
+        owned = {
+            f"{name}.{names[parameter]}": (optimizer, parameter)
+            for name, optimizer in self.optimizers.items()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        if not momentum.keys() <= owned.keys():
             raise ValueError("The momentum does not fit the networks.")
         load_weights(self.networks, weights)
-        for optimizer in self.optimizers.values():
-            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for name, buffer in momentum.items():
-                if id(parameter := parameters[name]) in owned:
-                    state = torch.empty_like(parameter).copy_(buffer)
-                    optimizer.state[parameter]["momentum_buffer"] = state
+        for name, buffer in momentum.items():
+            optimizer, parameter = owned[name]
+            state = torch.empty_like(parameter).copy_(buffer)
+            optimizer.state[parameter]["momentum_buffer"] = state
 
     @contextmanager
     def unmoved(self) -> Iterator[None]:
         """Whatever is trained inside, afterwards all is as it was, at the same addresses."""
         before = {name: t.clone() for name, t in self.networks.state_dict().items()}
         scaling = self.scaler.state_dict()
-        momentum = {p: state["momentum_buffer"].clone() for p, state in self.momentum()}
+        momentum = {key: buffer.clone() for key, buffer in self.momentum().items()}
         yield
         load_weights(self.networks, before)
-        for p, state in self.momentum():
+        for key, buffer in self.momentum().items():
             # For a new run zero: a zero buffer updates as the rule of the first step does.
-            state["momentum_buffer"].copy_(momentum.get(p, torch.zeros_like(p)))
+            buffer.copy_(momentum.get(key, torch.zeros_like(buffer)))
         if scaling:
             self.scaler.load_state_dict(scaling)
 
@@ -131,7 +144,7 @@ def initial_networks(run: Run, images: Images, teacher: Staged | None) -> nn.Mod
 
     Args:
         images: those it learns from.
-        teacher: the labeller, for a method that is ``live``; only its shapes matter.
+        teacher: the labeller, for a method that is ``live``.
     """
     networks = _random_networks(run, images, teacher)
     if run.start:  # parts of another method stay as they are
@@ -152,9 +165,12 @@ def trained_networks(
     """
     teacher = None
     if run.method.live:
-        labeller, _ = run.method.labeller(0)
-        teacher = build_model(labeller.model, images.classes, images.channels, seed=0)
-        teacher = teacher.to(images.device).eval()
+        labeller, at = run.method.labeller(0)
+        if epoch == 0:
+            teacher, _ = store.load_checkpoint(labeller, at)
+        else:  # only its shapes matter
+            teacher = build_model(labeller.model, images.classes, images.channels, seed=0).eval()
+        teacher = teacher.to(images.device)
     if epoch == 0:
         networks = initial_networks(run, images, teacher)
     else:

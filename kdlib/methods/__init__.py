@@ -3,12 +3,26 @@
 from kdlib.methods.collaboration import STC
 from kdlib.methods.distill import KD, CrossEntropy, FromTeacher, Method, OnLogits, Step
 from kdlib.methods.gates import GateSearch
-from kdlib.methods.hints import AttentionTransfer, FactorTransfer, Hint, Paraphrase, paraphrase
-from kdlib.methods.peers import MutualLearning, RocketLaunching
+from kdlib.methods.hints import (
+    FSP,
+    NST,
+    AttentionTransfer,
+    FactorTransfer,
+    Hint,
+    Paraphrase,
+    paraphrase,
+)
+from kdlib.methods.peers import KDGAN, MutualLearning, RocketLaunching
+from kdlib.methods.penalties import Penalised
+from kdlib.methods.representing import KR
 from kdlib.methods.route import OneStage, multi_stage
 
 __all__ = [
+    "FSP",
     "KD",
+    "KDGAN",
+    "KR",
+    "NST",
     "STC",
     "AttentionTransfer",
     "CrossEntropy",
@@ -21,6 +35,7 @@ __all__ = [
     "OnLogits",
     "OneStage",
     "Paraphrase",
+    "Penalised",
     "RocketLaunching",
     "Step",
     "multi_stage",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib import losses
 from kdlib.methods.distill import OnLogits
 from kdlib.models.names import count_stages
-from kdlib.models.staged import batch_norm, conv
+from kdlib.models.staged import adapter
 
 TARGETS = ("output", "soft", "label", "truth")
 
@@ -61,7 +61,7 @@ class STC(OnLogits):
 
     def parts(self, student, teacher, x):
         ours, theirs = (network.until(self.cut, x) for network in (student, teacher))
-        return {} if ours.shape == theirs.shape else {"adapter": _adapter(ours, theirs)}
+        return {} if ours.shape == theirs.shape else {"adapter": adapter(ours, theirs)}
 
     def loss(self, step):
         feature = step.student.until(self.cut, step.x)
@@ -95,12 +95,3 @@ class STC(OnLogits):
             return self.collaborate(student.until(self.cut, x), teacher, parts)
 
         return {"collaboration": collaboration}
-
-
-def _adapter(ours: Tensor, theirs: Tensor) -> nn.Sequential:
-    """From one feature's shape ``[b, c, h, w]`` to another's: to its size, then a 1x1 convolution
-    with batch norm."""
-    size = theirs.shape[2:]
-    resize = nn.AdaptiveAvgPool2d(size) if ours.shape[2] > size[0] else nn.Upsample(size)
-    layers = [conv(ours.shape[1], theirs.shape[1], 1), batch_norm(theirs.shape[1])]
-    return nn.Sequential(*([] if ours.shape[2:] == size else [resize]), *layers)

@@ -35,6 +35,7 @@ class Step(NamedTuple):
         teacher: the labeller itself, frozen, for a method that is ``live``; else None.
         parts: what else the method trains, by name.
         frozen: parts that other runs trained, by name, in eval mode.
+        noise: uniform in (0, 1), ``[b, noises, classes]``; None where the method has no ``noises``.
     """
 
     x: Tensor
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     teacher: InFloat32 | None
     parts: Mapping[str, InFloat32]
     frozen: Mapping[str, InFloat32]
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Method:
     live = False
     # Whether the student is a network by itself, without the method's parts.
     whole = True
+    # How many random numbers the loss reads for every image and class.
+    noises = 0
 
     def labeller(self, epoch: int) -> Anchor | None:
         """Whose logits label the student's ``epoch`` (from 0): a teacher's run and its epoch.
@@ -82,6 +86,18 @@ class Method:
     def recipes(self) -> dict[str, Recipe]:
         """Parts that learn at a rate and schedule of their own; others share the student's."""
         return {}
+
+    def turns(self) -> dict[str, Recipe]:
+        """Updates that every step begins with, before that of ``loss``: their names and recipes.
+
+        Each has an optimizer of its own, which moves the student and the part of its name by the
+        gradient of ``turn``. Epochs and batch are the student's.
+        """
+        return {}
+
+    def turn(self, name: str, step: Step) -> dict[str, Tensor]:
+        """Named terms of such an update; the one of its name is minimised, all are logged."""
+        raise NotImplementedError
 
     def optimizers(self, parts: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
         """Parts that are not moved by gradient descent: their names, what moves each of them.
@@ -121,6 +137,55 @@ class Method:
         """The student's logits and named terms of one batch; ``loss`` is minimised, all are
         logged."""
         raise NotImplementedError
+
+
+class Wrapper(Method):
+    """A method around another, ``inner``: what it does not say itself, the inner one says."""
+
+    @property
+    def inner(self) -> Method:
+        raise NotImplementedError
+
+    live = property(lambda self: self.inner.live)
+    labelled = property(lambda self: self.inner.labelled)
+    whole = property(lambda self: self.inner.whole)
+    noises = property(lambda self: self.inner.noises)
+
+    def check(self, run):
+        self.inner.check(run)
+
+    def parts(self, student, teacher, x):
+        return self.inner.parts(student, teacher, x)
+
+    def recipes(self):
+        return self.inner.recipes()
+
+    def turns(self):
+        return self.inner.turns()
+
+    def turn(self, name, step):
+        return self.inner.turn(name, step)
+
+    def optimizers(self, parts):
+        return self.inner.optimizers(parts)
+
+    def frozen(self):
+        return self.inner.frozen()
+
+    def joined(self, student, teacher, parts):
+        return self.inner.joined(student, teacher, parts)
+
+    def told(self, parts):
+        return self.inner.told(parts)
+
+    def arrived(self, parts):
+        return self.inner.arrived(parts)
+
+    def may_arrive(self, parts, steps):
+        return self.inner.may_arrive(parts, steps)
+
+    def loss(self, step):
+        return self.inner.loss(step)
 
 
 @dataclass(frozen=True)
@@ -191,7 +256,8 @@ class OnLogits(FromTeacher):
         ``taught`` are the teacher's logits, read only where ``kd`` has a weight.
         """
         terms = {"ce": F.cross_entropy(logits, labels)}
-        loss = self.ce_weight * terms["ce"]
+        # What has no weight gives no gradient, rather than one of zero.
+        loss = self.ce_weight * terms["ce"] if self.ce_weight else 0.0
         if self.kd_weight:
             terms["kd"] = losses.kd(logits, taught, self.temperature)
             loss = loss + self.kd_weight * terms["kd"]

@@ -1,18 +1,23 @@
-"""Learn from a teacher's features: FitNet's hints, attention maps (AT), factors (FT)."""
+"""Learn from a teacher's features: hints (FitNet), attention maps (AT), factors (FT), flows (FSP),
+selectivity (NST)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher, OnLogits, Step
+from kdlib.models.names import builder, count_stages
 
 if TYPE_CHECKING:
+    from kdlib.engine.device import InFloat32
     from kdlib.runs import Recipe, Run
 
 
@@ -27,11 +32,15 @@ class OnFeatures(OnLogits):
     def term(
         self, ours: list[Tensor], theirs: list[Tensor], step: Step
     ) -> tuple[str, float, Tensor]:
-        """Name, weight and value of the term, given every stage's feature of both networks."""
+        """Name, weight and value of the term, given ``features`` of both networks."""
         raise NotImplementedError
 
+    def features(self, network: InFloat32, x: Tensor) -> list[Tensor]:
+        """What ``term`` is given of a network; the last is the last stage's feature."""
+        return network.stages(x)
+
     def loss(self, step):
-        ours, theirs = step.student.stages(step.x), step.teacher.stages(step.x)
+        ours, theirs = (self.features(n, step.x) for n in (step.student, step.teacher))
         logits = step.student.head(ours[-1])
         taught = step.teacher.head(theirs[-1]) if self.kd_weight else None
         terms = self.on_logits(logits, step.labels, taught)
@@ -41,23 +50,43 @@ class OnFeatures(OnLogits):
 
 @dataclass(frozen=True, kw_only=True)
 class Hint(OnFeatures):
-    """hint_weight·mean (f_s - f_t)² of the last stages' features (RCO Eq. 2).
+    """hint_weight·mean (f_s - f_t)² of two features (FitNet, Romero et al. 2015; RCO Eq. 2).
 
     Eq. 2 up to a constant: its sum over a feature's elements is a mean here, so that the weight
     means the same for every network. The larger map is average-pooled to the smaller; where
     channels differ, a 1x1 convolution that is trained along and dropped at inference maps the
     student's to the teacher's.
+
+    FitNet's first stage is a run of it with ce_weight 0; its second starts from that (``start``).
+
+    Attributes:
+        stage: whose output is the hint, in both networks; None for their last.
+
+    Raises ValueError for a stage that they do not have.
     """
 
     hint_weight: float = 1.0
+    stage: int | None = None
+
+    def check(self, run):
+        common = min(count_stages(run.model), count_stages(self.teacher.model))
+        if self.stage is not None and self.stage not in range(1, common + 1):
+            raise ValueError(
+                f"There is no stage {self.stage}: {run.model} and {self.teacher.model} have "
+                f"{common} stages in common."
+            )
 
     def parts(self, student, teacher, x):
-        ours, theirs = (network.stages(x)[-1].shape[1] for network in (student, teacher))
+        ours, theirs = (self._hint(network.stages(x)).shape[1] for network in (student, teacher))
         return {} if ours == theirs else {"adapter": nn.Conv2d(ours, theirs, kernel_size=1)}
 
     def term(self, ours, theirs, step):
         adapter = step.parts.get("adapter", nn.Identity())
-        return "hint", self.hint_weight, losses.hint(*_to_one_size(adapter(ours[-1]), theirs[-1]))
+        pair = _to_one_size(adapter(self._hint(ours)), self._hint(theirs))
+        return "hint", self.hint_weight, losses.hint(*pair)
+
+    def _hint(self, features: list[Tensor]) -> Tensor:
+        return features[-1 if self.stage is None else self.stage - 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +185,60 @@ class FactorTransfer(OnFeatures):
         factor = step.parts["translator"](ours[: len(theirs)][-1])
         taught = step.frozen["encoder"](theirs[-1])
         return "factor", self.factor_weight, losses.factor(*_to_one_size(factor, taught))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSP(OnFeatures):
+    """fsp_weight·Σ over stages of mean (G_s - G_t)² (flow of solution procedure, Yim et al. 2017).
+
+    G holds the inner products of the channels that go into a stage with those that come out of it.
+    Stages pair by their number, as many as both networks have. The authors train by this loss alone
+    first, a run with ce_weight 0, and then by the labels alone (``start``).
+
+    Raises ValueError where channels differ: G has a place for each pair of them.
+    """
+
+    fsp_weight: float = 1.0
+
+    def check(self, run):
+        ours, theirs = (_widths(model) for model in (run.model, self.teacher.model))
+        if any(own != other for own, other in zip(ours, theirs, strict=False)):
+            raise ValueError(
+                f"FSP needs equal channels: the stem and the stages of {run.model} put out {ours}, "
+                f"those of {self.teacher.model} {theirs}."
+            )
+
+    def features(self, network, x):
+        return [layers[-1] for layers in network.layers(x)]
+
+    def term(self, ours, theirs, step):
+        flows = zip(pairwise(ours), pairwise(theirs), strict=False)
+        return "fsp", self.fsp_weight, sum(losses.fsp(*own, *other) for own, other in flows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NST(OnFeatures):
+    """nst_weight·MMD² of the last stages' channels (neuron selectivity, Huang & Wang 2017).
+
+    The kernel is (x·y)² of normalised maps. Channels may differ; the larger map is average-pooled
+    to the smaller.
+
+    Attributes:
+        nst_weight: 50, as in the authors' code.
+    """
+
+    nst_weight: float = 50.0
+
+    def term(self, ours, theirs, step):
+        return "nst", self.nst_weight, losses.nst(*_to_one_size(ours[-1], theirs[-1]))
+
+
+@lru_cache
+def _widths(model: str) -> list[int]:
+    """Channels of the stem's and every stage's output; nothing is computed for it."""
+    with torch.device("meta"):
+        network = builder(model)(classes=2, channels=1).eval()
+        return [layers[-1].shape[1] for layers in network.layers(torch.empty(1, 1, 32, 32))]
 
 
 def _leaky(layer: type[nn.Module], widths) -> nn.Sequential:

@@ -1,16 +1,20 @@
-"""Peers: networks that learn beside the student, in the same steps."""
+"""Peers: networks that learn beside the student, step by step: DML, Rocket Launching, KDGAN."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import Method
+from kdlib.methods.distill import FromTeacher, Method
 from kdlib.models import build_model
 from kdlib.models.names import builder
+from kdlib.models.staged import PoolAndClassify
 
 if TYPE_CHECKING:
     from kdlib.runs import Recipe
@@ -71,3 +75,81 @@ class MutualLearning(WithPeer):
         peer_kd = losses.kd(peer, logits, temperature=1)
         terms = {"ce": ce, "kd": kd, "peer_ce": peer_ce, "peer_kd": peer_kd}
         return logits, {"loss": sum(terms.values()), **terms}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDGAN(FromTeacher):
+    """Student and teacher learn from each other, and to pass for the labels (Wang et al. 2018).
+
+    A discriminator D tells an image's label from what the two sample:
+
+        max_D  E log D(x, y) + share·E log(1 - D(x, z_s)) + (1 - share)·E log(1 - D(x, z_t)),
+
+    which the student and the teacher minimise, besides kd_weight·T²·KL(teacher ‖ student) for the
+    student and back_weight·T²·KL(student ‖ teacher) for the teacher. z are relaxed samples of their
+    softmax (``losses.concrete``). The teacher that plays is a copy, which starts as the teacher:
+    the run that it comes from is never touched. All three step at once.
+
+    Attributes:
+        discriminator, copy: their rates and schedules; epochs and batch are the student's.
+        relaxation: τ of the samples.
+        temperature: T.
+    """
+
+    discriminator: Recipe
+    copy: Recipe
+    share: float = 0.5
+    kd_weight: float = 1.0
+    back_weight: float = 0.1
+    temperature: float = 3.0
+    relaxation: float = 1.0
+    labelled = False
+    live = True
+    noises = 2
+
+    def parts(self, student, teacher, x):
+        copy = deepcopy(teacher).requires_grad_(True)
+        judge = build_discriminator(x.shape[1], classes=teacher(x).shape[1])
+        return {"teacher": copy, "discriminator": judge}
+
+    def recipes(self):
+        return {"teacher": self.copy, "discriminator": self.discriminator}
+
+    def loss(self, step):
+        logits, taught = step.student(step.x), step.parts["teacher"](step.x)
+        scores = step.parts["discriminator"](step.x)
+        samples = [
+            losses.concrete(z, step.noise[:, k], self.relaxation)
+            for k, z in enumerate((logits, taught))
+        ]
+        terms = {
+            # No term gives a gradient to who is not its own: one sum serves all three.
+            "adversarial": self.share * _passes_not(samples[0], scores.detach()),
+            "kd": self.kd_weight * losses.kd(logits, taught, self.temperature),
+            "teacher_adversarial": (1 - self.share) * _passes_not(samples[1], scores.detach()),
+            "teacher_kd": self.back_weight * losses.kd(taught, logits, self.temperature),
+            "discriminator": self.discriminate(scores, step.labels, samples),
+        }
+        return logits, {"loss": sum(terms.values()), **terms}
+
+    def discriminate(self, scores: Tensor, labels: Tensor, samples: list[Tensor]) -> Tensor:
+        """What the discriminator minimises, given its score ``[b, classes]`` of every label."""
+        real = F.logsigmoid(scores.gather(1, labels[:, None])).mean()
+        ours, theirs = (_passes_not(sample.detach(), scores) for sample in samples)
+        return -(real + self.share * ours + (1 - self.share) * theirs)
+
+
+def _passes_not(sample: Tensor, scores: Tensor) -> Tensor:
+    """E log(1 - D(x, z)): log-probability that samples ``[b, classes]`` do not pass for labels."""
+    return F.logsigmoid(-(sample * scores).sum(1)).mean()
+
+
+def build_discriminator(channels: int, classes: int) -> nn.Sequential:
+    """Three 3x3 convolutions of stride 2, 32, 64 and 128 wide, and a score for every label.
+
+    Leaky ReLU, no batch norm: real and sampled labels go with the same images.
+    """
+    layers = []
+    for inputs, outputs in pairwise((channels, 32, 64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, padding=1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, PoolAndClassify(128, classes))

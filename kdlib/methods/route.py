@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kdlib.methods.distill import FromTeacher, Method
+from kdlib.methods.distill import FromTeacher, Wrapper
 
 if TYPE_CHECKING:
     from kdlib.runs import Run
 
 
 @dataclass(frozen=True)
-class OneStage(Method):
+class OneStage(Wrapper):
     """One-stage EEI: the teacher's checkpoint changes every ``gap`` epochs (RCO §4.4).
 
     The student's first ``gap`` epochs learn from the teacher's epoch ``gap``, the next from its
@@ -40,50 +40,12 @@ class OneStage(Method):
         object.__setattr__(self, "method", replace(self.method, at=None))
 
     @property
-    def live(self):
-        return self.method.live
-
-    @property
-    def whole(self):
-        return self.method.whole
-
-    @property
-    def labelled(self):
-        return self.method.labelled
+    def inner(self):
+        return self.method
 
     def labeller(self, epoch):
         teacher = self.method.teacher
         return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
-
-    def check(self, run):
-        self.method.check(run)
-
-    def parts(self, student, teacher, x):
-        return self.method.parts(student, teacher, x)
-
-    def recipes(self):
-        return self.method.recipes()
-
-    def optimizers(self, parts):
-        return self.method.optimizers(parts)
-
-    def frozen(self):
-        return self.method.frozen()
-
-    def joined(self, student, teacher, parts):
-        return self.method.joined(student, teacher, parts)
-
-    def told(self, parts):
-        return self.method.told(parts)
-
-    def arrived(self, parts):
-        return self.method.arrived(parts)
-
-    def may_arrive(self, parts, steps):
-        return self.method.may_arrive(parts, steps)
-
-    def loss(self, step):
-        return self.method.loss(step)
 
 
 def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:

@@ -10,6 +10,7 @@ from kdlib.errors import UnknownName
 from kdlib.models.architecture import MARK, Architecture, load_architecture
 from kdlib.models.densenet import densenet_bc
 from kdlib.models.googlenet import googlenet
+from kdlib.models.lenet import glorot, lenet
 from kdlib.models.mobilenet import mobilenetv2
 from kdlib.models.resnet import cifar_resnet, resnet50
 from kdlib.models.shufflenet import shufflenetv2
@@ -21,6 +22,8 @@ WHOLE = {
     "resnet50": resnet50,
     "vgg13": vgg13,
     "googlenet": googlenet,
+    "lenet": lenet,
+    "lenet-glorot": partial(lenet, initialise=glorot),
     "shufflenetv2": shufflenetv2,
     "mobilenetv2": partial(mobilenetv2, 6, 1.0, stem_stride=1),
 }
@@ -44,8 +47,9 @@ def build_model(name: str, classes: int, channels: int = 3, seed: int | None = N
         name: ``resnet8|14|20|26|32|44|56|110``, ``resnet50``, ``wrn-<depth>-<width>`` of a depth
             6n + 4, ``densenet-bc-<depth>-<growth rate>``, ``vgg13``, ``googlenet``,
             ``shufflenetv2``, ``mobilenetv2-t<T>-w<W>`` or ``mobilenetv2``, which is T = 6, W = 1
-            with a stem of stride 1; a suffix ``-x<width>`` multiplies every width; what follows an
-            ``@`` names an architecture that a search found inside the network before it.
+            with a stem of stride 1, ``lenet`` or, started otherwise, ``lenet-glorot``; a suffix
+            ``-x<width>`` multiplies every width; what follows an ``@`` names an architecture that
+            a search found inside the network before it.
         classes: number of logits.
         channels: of the images.
         seed: of the initial weights; the caller's random state is left alone. None draws from it.

@@ -1,5 +1,8 @@
 """Residual networks for small images (He et al. 2016): resnet8 … resnet110, and resnet50."""
 
+from collections import deque
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,12 +31,20 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for k, (convolution, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+        (out,) = deque(self.layers(x), maxlen=1)  # none is kept longer than it is needed
+        return out
+
+    def layers(self, x: Tensor) -> Iterator[Tensor]:
+        """The outputs of those convolutions that are as wide as the block, the block's own last."""
+        out, last = x, self.norms[-1]
+        for convolution, norm in zip(self.convs, self.norms, strict=True):
             out = norm(convolution(out))
-            if k < len(self.convs) - 1:
+            if norm is last:
+                yield F.relu(out + self.shortcut(x), inplace=True)
+            else:
                 out = F.relu(out, inplace=True)
-        return F.relu(out + self.shortcut(x), inplace=True)
+                if norm.num_features == last.num_features:
+                    yield out
 
 
 def basic(inputs: int, width: int, stride: int) -> tuple[Block, int]:

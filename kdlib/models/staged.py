@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What a layer is not done with.
+INCOMPLETE = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+
 
 class Staged(nn.Module):
     """A classifier that can stop after a stage, resume from one, and report every stage's output.
@@ -43,6 +46,26 @@ class Staged(nn.Module):
             features.append(x)
         return features
 
+    def layers(self, x: Tensor) -> list[list[Tensor]]:
+        """The outputs of every stage's layers, the stem's alone as those of stage 0.
+
+        The last of a stage is what the stage puts out. A layer is a convolution with what follows
+        it, or a block that does not tell of its own (``layers``).
+        """
+        x = self.stem(x)
+        found = [[x]]
+        for part in self.body:
+            outputs = []
+            for module in part:
+                if hasattr(module, "layers"):
+                    outputs += module.layers(x)
+                    x = outputs[-1]
+                else:
+                    x = module(x)
+                    outputs += [] if isinstance(module, INCOMPLETE) else [x]
+            found.append(outputs)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         return self.resume(0, self.until(0, x))
 
@@ -61,6 +84,17 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(channels)
     norm.num_batches_tracked = None
     return norm
+
+
+def adapter(ours: Tensor, theirs: Tensor) -> nn.Module:
+    """From one feature's shape ``[b, c, h, w]`` to another's: to its size by average pooling or
+    nearest upsampling, then a 1x1 convolution with batch norm; the identity where they agree."""
+    if ours.shape[1:] == theirs.shape[1:]:
+        return nn.Identity()
+    size = theirs.shape[2:]
+    resize = nn.AdaptiveAvgPool2d(size) if ours.shape[2] > size[0] else nn.Upsample(size)
+    layers = [conv(ours.shape[1], theirs.shape[1], 1), batch_norm(theirs.shape[1])]
+    return nn.Sequential(*([] if ours.shape[2:] == size else [resize]), *layers)
 
 
 def initialise(model: Staged) -> Staged:
