@@ -15,15 +15,33 @@ def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
     Index: row, column. Columns: paper, ours, low, high; ours is the mean over seeds of differences
     within a seed, with its 95 % interval.
     """
-    paper, rows = paper_cells(exhibit.name), {}
-    for row, column in dict.fromkeys([*paper, *exhibit.cells]):
-        base, cell = (exhibit.cells.get((row, name), {}) for name in (over, column))
-        ours = np.array([base[seed] - cell[seed] for seed in sorted(base.keys() & cell.keys())])
-        base, cell = (paper.get((row, name), {}).get(None, np.nan) for name in (over, column))
-        mean = ours.mean() if len(ours) else np.nan
-        rows[row, column] = (base - cell, mean, *interval(ours))
+    cells = dict.fromkeys([*paper_cells(exhibit.name), *exhibit.cells])
+    rows = {(row, column): ((row, over), (row, column)) for row, column in cells}
     index = pd.MultiIndex.from_tuples(rows, names=["row", "column"])
-    return pd.DataFrame(rows.values(), index, columns=["paper", "ours", "low", "high"])
+    return _differences(exhibit, rows.values(), index)
+
+
+def row_gains(exhibit: Exhibit, column: str, over: str) -> pd.DataFrame:
+    """How far every row's cell of a column lies above that of the row ``over``, as accuracies gain.
+
+    Index: row. Columns as those of ``gains``.
+    """
+    cells = dict.fromkeys([*paper_cells(exhibit.name), *exhibit.cells])
+    rows = [row for row, own in cells if own == column]
+    pairs = [((row, column), (over, column)) for row in rows]
+    return _differences(exhibit, pairs, pd.Index(rows, name="row"))
+
+
+def _differences(exhibit: Exhibit, pairs: Iterable[tuple], index: pd.Index) -> pd.DataFrame:
+    """The first cell less the second, of each pair."""
+    paper, rows = paper_cells(exhibit.name), []
+    for pair in pairs:
+        one, other = (exhibit.cells.get(cell, {}) for cell in pair)
+        ours = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+        printed, than = (paper.get(cell, {}).get(None, np.nan) for cell in pair)
+        mean = ours.mean() if len(ours) else np.nan
+        rows.append((printed - than, mean, *interval(ours)))
+    return pd.DataFrame(rows, index, columns=["paper", "ours", "low", "high"])
 
 
 def margin(

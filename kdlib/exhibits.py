@@ -27,7 +27,7 @@ from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
 # Exhibits of the book itself: nothing is published to compare them with.
-OWN = ("book/start_here", "stc/cut", "search/control")
+OWN = ("book/start_here", "stc/cut", "search/control", "kr/figure2", "kr/ablation")
 PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "matplotlib", "scipy")
 
 

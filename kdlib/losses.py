@@ -65,20 +65,31 @@ def nst(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     return within - 2 * _mean_kernel(student, teacher)
 
 
-def recoding(residual: Tensor, threshold: Tensor | float, gain: float = 2.0) -> Tensor:
+def recoding(
+    residual: Tensor,
+    threshold: Tensor | float,
+    gain: float = 2.0,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Mean of ρ(u), the sparse recoding penalty as this project reconstructs it (KR, Eq. 3, 4).
 
-    ρ(u) = 0 where |u| ≤ t, else gain/2·(u² - t²): its gradient is 0 within the threshold and gain·u
-    beyond. Without threshold and at gain 1 it is ½u², the dense penalty.
+    ρ(u) = gain/2·max(u² - t², 0): its gradient is 0 where |u| ≤ t, and gain·u beyond. Without
+    threshold and at gain 1 it is ½u², the dense penalty.
+
+    Args:
+        weights: ``[m]``, of residuals ``[m, …]``, whose means are summed with these.
     """
-    beyond = gain / 2 * (residual.square() - threshold**2)
-    return torch.where(residual.abs() > threshold, beyond, 0).mean()
+    penalty = F.relu(residual.square() - threshold**2)
+    mean = penalty.mean() if weights is None else weights @ penalty.flatten(1).mean(1)
+    return gain / 2 * mean
 
 
 def aggregation_weights(features: Tensor) -> Tensor:
     """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these,
     without gradient (KR, Eq. 9: "to penalize more the layer with higher accumulation error")."""
-    spread = features.detach().flatten(1).std(1)
+    features = features.detach().flatten(1)
+    # Not std(1), which takes eight times as long on a CPU.
+    spread = (features - features.mean(1, keepdim=True)).square().mean(1).sqrt()
     return spread / spread.sum()
 
 

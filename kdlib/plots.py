@@ -111,10 +111,10 @@ def name_lines(axes: Axes) -> None:
 def draw_gains(
     axes: Axes, gains: pd.DataFrame, copied: Collection[str] = (), other: pd.DataFrame | None = None
 ) -> None:
-    """One row's gains by column, downwards: the paper's, those it copied, ours with intervals.
+    """Gains of several methods, downwards: the paper's, those it copied, ours with intervals.
 
     Args:
-        gains: of ``comparisons.gains``, indexed by column.
+        gains: of ``comparisons``, indexed by method.
         copied: columns that the paper took from elsewhere: hollow diamonds.
         other: the same columns of ours under other circumstances: squares.
     """

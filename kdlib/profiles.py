@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from kdlib.data import canonical_name, label
+from kdlib.data import canonical_name, label, split_name
 from kdlib.errors import UnknownName
 from kdlib.methods import KD, STC, CrossEntropy, GateSearch, Method
 from kdlib.runs import Recipe, Run
@@ -89,7 +89,8 @@ class Profile:
         return self.epochs(paper)
 
     def dataset(self, paper: str) -> str:
-        return self.datasets.get(paper, paper)
+        base, distortion = split_name(paper)
+        return self.datasets.get(base, base) + distortion
 
     def model(self, paper: str) -> str:
         return self.models.get(paper, paper)
@@ -97,11 +98,13 @@ class Profile:
     def recipe(
         self, epochs: int, milestones: Iterable[int] = (), data: str = "", **settings
     ) -> Recipe:
-        """The paper's recipe, its epochs and milestones scaled; ``data`` is told where a profile
-        ``repeats`` it."""
-        repeats = self.repeats.get(data, 1)
-        scaled = [self.epochs(repeats * epoch) for epoch in (epochs, *milestones)]
+        """The paper's recipe, its epochs and milestones scaled; ``data`` is told where ``repeats``
+        are to count."""
+        scaled = [self._repeated(epoch, data) for epoch in (epochs, *milestones)]
         return Recipe(epochs=scaled[0], milestones=tuple(scaled[1:]), **settings)
+
+    def _repeated(self, epochs: int, data: str) -> int:
+        return self.epochs(epochs * self.repeats.get(data, 1))
 
     def along(self, axis: Iterable) -> tuple:
         """The values of one axis of a grid of networks that are run."""
@@ -161,10 +164,11 @@ class Profile:
             route=route,
         )
 
-    def settings(self, grid: bool = False, **paper) -> pd.DataFrame:
+    def settings(self, grid: bool = False, repeated: str = "", **paper) -> pd.DataFrame:
         """A table of the paper's settings beside this profile's.
 
-        ``grid`` tells of the seeds of a grid of networks.
+        ``grid`` tells of the seeds of a grid of networks, ``repeated`` what recipes have as
+        ``data``.
 
         Keys name the quantity, values are the paper's: a data set or network by name, a number of
         epochs or several as ``range`` of numbers in a key that ends in ``epochs``, one of
@@ -174,7 +178,7 @@ class Profile:
         for key, value in paper.items():
             if key.endswith("epochs"):
                 several = value if isinstance(value, list | tuple) else [value]
-                here = ", ".join(str(self.epochs(epoch)) for epoch in several)
+                here = ", ".join(str(self._repeated(epoch, repeated)) for epoch in several)
                 value = ", ".join(map(str, several))
             elif key.endswith("iterations"):
                 here = self.iterations(value)
@@ -230,6 +234,16 @@ SMALL_SEARCH = {
     "mobilenetv2": "mobilenetv2-x0.15",
 }
 
+# KR's pairs at half of their widths, its teachers with so many layers that they come in groups.
+SMALL_KR = {
+    "resnet26": "resnet20-x0.5",
+    "resnet8": "resnet8-x0.5",
+    "resnet8-x0.875": "resnet8-x0.44",
+    "resnet32": "resnet26-x0.5",
+    "resnet14": "resnet14-x0.5",
+    "resnet14-x0.9375": "resnet14-x0.47",
+}
+
 PROFILES = {
     "smoke": Profile(
         name="smoke",
@@ -237,9 +251,15 @@ PROFILES = {
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models={"resnet50": "resnet14", **SMALL_STUDENTS, **SMALL_PAIRS, **SMALL_SEARCH},
+        models={
+            "resnet50": "resnet14",
+            **SMALL_STUDENTS,
+            **SMALL_PAIRS,
+            **SMALL_SEARCH,
+            **SMALL_KR,
+        },
         images=1000,
-        repeats={"mnist": 60},
+        repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
         axis=2,
         gate_factors=(250, 5),
         evidence=False,

@@ -132,8 +132,9 @@ def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
 
 
 def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
-    classes = next(len(tensor) for tensor in weights.values() if tensor.ndim == 2)
-    network = build_model(model, classes, weights["stem.0.weight"].shape[1], seed=0)
+    classifier = max(name for name, tensor in weights.items() if tensor.ndim == 2)  # by its place
+    classes, channels = len(weights[classifier]), weights["stem.0.weight"].shape[1]
+    network = build_model(model, classes, channels, seed=0)
     load_weights(network, weights)
     return network.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kdlib import files
+from kdlib.data.distortion import distort, split_name
 from kdlib.data.images import Images
 from kdlib.errors import DataError, UnknownName
 
@@ -52,7 +53,8 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
 
     Args:
         name: ``digits``, ``cifar10``, ``cifar100``, ``mnist`` or ``folder:<path>`` with
-            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``, resized to 32x32 where they are not.
+            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``, resized to 32x32 where they are not;
+            ``+noise<deviation>`` or ``+blur<deviation>`` behind it distorts every image.
         split: ``train`` or ``test``.
 
     Raises:
@@ -69,25 +71,29 @@ def canonical_name(name: str) -> str:
 
     Free of the machine it is read on, so that a run's id is, too. Raises as ``load_data``.
     """
-    if name.startswith("folder:"):
-        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
+    base, distortion = split_name(name)
+    if base.startswith("folder:"):
+        folder = Path(base.removeprefix("folder:")).expanduser().resolve()
         canonical = f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
         _folders[canonical] = folder
-        return canonical
-    if name not in KINDS and "@" not in name:
+        return canonical + distortion
+    if base not in KINDS and "@" not in base:
         raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
     return name
 
 
 def count_views(name: str) -> int:
     """Distinct views of a training image, known without loading one."""
-    kind = KINDS.get(canonical_name(name), FOLDER_KIND)
+    base, _ = split_name(canonical_name(name))
+    kind = KINDS.get(base, FOLDER_KIND)
     return (2 * kind.pad + 1) ** 2 * (1 + kind.flip)
 
 
 def label(name: str) -> str:
     """The name to print beside a number: a folder's without its hash."""
-    return re.sub("@[0-9a-f]{12}$", "", name.removeprefix("folder:").rstrip("/").rpartition("/")[2])
+    base, distortion = split_name(name)
+    folder = base.removeprefix("folder:").rstrip("/").rpartition("/")[2]
+    return re.sub("@[0-9a-f]{12}$", "", folder) + distortion
 
 
 def download(name: str) -> Path:
@@ -105,13 +111,16 @@ _torchvision_names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MN
 
 @lru_cache(maxsize=4)
 def _load(name: str, split: str, device: str) -> Images:
-    if name == "digits":
+    base, distortion = split_name(name)
+    if base == "digits":
         pixels, labels, class_names = _digits(split)
-    elif name in _torchvision_names:
-        pixels, labels, class_names = _torchvision(name, split)
+    elif base in _torchvision_names:
+        pixels, labels, class_names = _torchvision(base, split)
     else:
-        pixels, labels, class_names, kind = _folder(name, split)
-    kind = KINDS.get(name) or kind
+        pixels, labels, class_names, kind = _folder(base, split)
+    kind = KINDS.get(base) or kind
+    if distortion:
+        pixels = distort(pixels, distortion, split)
     if split == "test":  # seen as it is: one view
         kind = kind._replace(pad=0, flip=False)
     pixels = F.pad(torch.from_numpy(pixels), (0, 0, kind.pad, kind.pad, kind.pad, kind.pad))

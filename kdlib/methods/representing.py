@@ -156,8 +156,8 @@ class Aggregation(nn.Module):
             residuals = adapt(ours[group.stage][group.student]) - layers
             weights = losses.aggregation_weights(layers)
             threshold, pulled = self._threshold(k, residuals, weights)
-            penalties = [losses.recoding(u, threshold, self.settings.gain) for u in residuals]
-            total = total + weights @ torch.stack(penalties) + pulled
+            penalty = losses.recoding(residuals, threshold, self.settings.gain, weights)
+            total = total + penalty + pulled
             beyond.append((residuals.detach().abs() > threshold).float().mean())
         return total, torch.stack(beyond).mean()
 
