@@ -86,11 +86,12 @@ def recoding(
 
 def aggregation_weights(features: Tensor) -> Tensor:
     """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these,
-    without gradient (KR, Eq. 9: "to penalize more the layer with higher accumulation error")."""
+    without gradient (KR, Eq. 9: "to penalize more on the layer with higher accumulation error").
+    Where all features are constant, none has a weight."""
     features = features.detach().flatten(1)
     # Not std(1), which takes eight times as long on a CPU.
     spread = (features - features.mean(1, keepdim=True)).square().mean(1).sqrt()
-    return spread / spread.sum()
+    return spread / spread.sum().clamp(min=torch.finfo(spread.dtype).tiny)
 
 
 def concrete(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:

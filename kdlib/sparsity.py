@@ -18,8 +18,11 @@ def training_curve(trained: Trained) -> pd.DataFrame:
     ``ce`` is the mean over the iterations up to this one and after the row before; rows are whole
     bins alone.
     """
-    every, state = trained.run.method.every, _networks(trained)
-    sums = state["curve.sums"][:-1]
+    if not isinstance(trained.run.method, Penalised):
+        raise ValueError(f"{trained.run} keeps no curve: give it Penalised().")
+    run, last = trained.run, trained.run.recipe.epochs
+    state = store.load_networks(run, last, trained.closing["weights"][str(last)])
+    every, sums = run.method.every, state["curve.sums"][:-1]
     bins = min(len(sums), int(state["curve.steps"]) // every)
     iterations = range(every, every * bins + 1, every)
     return pd.DataFrame({"iteration": iterations, "ce": (sums[:bins] / every).tolist()})
@@ -48,13 +51,6 @@ def kernels(trained: Trained, layer: int) -> pd.DataFrame:
     table = pd.DataFrame(torch.cartesian_prod(*map(torch.arange, weights.shape)).tolist())
     table.columns = ["output", "input", "row", "column"]
     return table.assign(weight=[round(w, 5) for w in weights.flatten().tolist()])
-
-
-def _networks(trained: Trained) -> dict[str, Tensor]:
-    run, last = trained.run, trained.run.recipe.epochs
-    if not isinstance(run.method, Penalised):
-        raise ValueError(f"{run} keeps no curve: give it Penalised().")
-    return store.load_networks(run, last, trained.closing["weights"][str(last)])
 
 
 def _kernels(trained: Trained) -> dict[str, Tensor]:

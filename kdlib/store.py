@@ -132,7 +132,8 @@ def load_checkpoint(run: Run, epoch: int) -> tuple[Staged, str]:
 
 
 def _frozen(model: str, weights: dict[str, Tensor]) -> Staged:
-    classifier = max(name for name, tensor in weights.items() if tensor.ndim == 2)  # by its place
+    linear = [name for name, tensor in weights.items() if tensor.ndim == 2]
+    classifier = max(linear, key=lambda name: (len(name), name))  # head.10 comes after head.6
     classes, channels = len(weights[classifier]), weights["stem.0.weight"].shape[1]
     network = build_model(model, classes, channels, seed=0)
     load_weights(network, weights)

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch.func import functional_call
 
 from kdlib import build_model, load_data, store, train
 from kdlib.engine.bank import Shelf
@@ -90,6 +91,45 @@ def step_in_float64(method, student, teacher, size=8, frozen=None):
         targets = teacher(x)
     parts = {name: part.double() for name, part in parts.items()}
     return Step(x, labels, targets, student.train(), teacher, parts, frozen or {})
+
+
+class Called:
+    """A network as losses call it, at the precision that it has."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, *inputs):
+        return self.network(*inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def with_weights(self, weights, x):
+        return functional_call(self.network, weights, (x,))
+
+
+def called(step):
+    """A step whose networks are as a lane hands them over; what ``noise`` asks for is drawn."""
+    parts = {name: Called(part) for name, part in step.parts.items()}
+    teacher = step.teacher and Called(step.teacher)
+    uniform = torch.rand(4, 2, 5, generator=torch.manual_seed(1), dtype=torch.float64)
+    return step._replace(student=Called(step.student), teacher=teacher, parts=parts, noise=uniform)
+
+
+def layers_by_hand(network, x):
+    """Of a ResNet of basic blocks, computed without what ``Staged`` and ``Block`` offer: the stem's
+    output, then the outputs of every convolution, stage by stage."""
+    x = network.stem(x)
+    found = [[x]]
+    for stage in network.body:
+        outputs = []
+        for block in stage:
+            inner = block.norms[0](block.convs[0](x)).relu()
+            x = (block.norms[1](block.convs[1](inner)) + block.shortcut(x)).relu()
+            outputs += [inner, x]
+        found.append(outputs)
+    return found
 
 
 def gradients(value, modules):

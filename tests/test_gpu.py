@@ -17,12 +17,17 @@ from kdlib.engine.plan import mix
 from kdlib.engine.train import BANKS
 from kdlib.greedy import GreedySearch, anchors, divergences
 from kdlib.methods import (
+    FSP,
+    KDGAN,
+    KR,
+    NST,
     STC,
     AttentionTransfer,
     FactorTransfer,
     GateSearch,
     Hint,
     MutualLearning,
+    Penalised,
     RocketLaunching,
     paraphrase,
 )
@@ -445,6 +450,146 @@ def test_stages_and_searches_train_side_by_side(gpu):
     seen = divergences(all_of_them)
     assert seen.anchor.tolist() == [1, 1, 1, 2, 2, 2]
     assert (seen.kl > 0).all()
+
+
+# --- updates in turn, noise, and gradients that are recoded ---------------------------------------
+
+PRIOR = Recipe(2, 56, 0.02, milestones=(1,), decay=0.5, momentum=0.8)
+SAME = replace(RUN, model="resnet14-x0.5")  # the student's channels
+GAN = {"discriminator": PEERS_RECIPE, "copy": PEERS_RECIPE}
+IN_TURN = {
+    "KR": KR(WIDER, prior=PRIOR),
+    "KR fixed, gamma": KR(WIDER, prior=PRIOR, threshold="fixed", gamma=0.1),
+    "KR + KD": KR(WIDER, prior=PRIOR, posterior=KD(WIDER), threshold="none"),
+    "KR + NST": KR(WIDER, prior=PRIOR, posterior=NST(WIDER)),
+    "KR + KDGAN": KR(WIDER, prior=PRIOR, posterior=KDGAN(WIDER, **GAN)),
+}
+NEW = {
+    **IN_TURN,
+    "KDGAN": KDGAN(WIDER, **GAN),
+    "FSP": FSP(SAME, **WITH_KD),
+    "FSP alone": FSP(SAME, ce_weight=0.0),
+    "NST": NST(WIDER),
+    "Hint alone": Hint(WIDER, stage=2, ce_weight=0.0),
+    "sparse": Penalised(penalty="sparse", bins=5, every=10),
+    "l1": Penalised(penalty="l1"),
+}
+
+
+@pytest.fixture
+def teachers(gpu):
+    return train([WIDER, SAME], device=gpu)
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_captured_lane_of_any_new_method_equals_an_eager_one(
+    start, teachers, monkeypatch, name, dtype
+):
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: dtype)
+    run = replace(RUN, method=NEW[name], seed=1)
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert training_log(captured) == training_log(eager)
+    assert_equal(whole(captured), whole(eager))
+    if name in IN_TURN:
+        assert any(key.startswith("momentum.prior.student.") for key in whole(captured))
+    if live := captured.teachers.live:
+        kept = {trained.closing["weights"]["2"] for trained in teachers}
+        assert fingerprint(live.state_dict()) in kept
+        assert not any(parameter.grad is not None for parameter in live.parameters())
+
+
+def test_two_captured_updates_of_a_step_have_a_momentum_each(start, teachers):
+    captured, eager = (start(replace(RUN, method=NEW["KR"]), capture=c) for c in (True, False))
+    for steps in (1, 2):
+        for lane in (captured, eager):
+            advance(lane, 1)
+        assert_equal(whole(captured), whole(eager))
+        assert captured.cursor.item() == eager.cursor.item() == steps
+    momenta = whole(captured)
+    for name, _ in captured.trainee.networks["student"].named_parameters():
+        prior = momenta.get(f"momentum.prior.student.{name}")
+        if not name.startswith("head."):
+            assert not torch.equal(prior, momenta[f"momentum.student.student.{name}"])
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_capturing_a_new_method_moves_nothing(start, teachers, name):
+    """Thresholds wait for the first batch, and a curve has no step."""
+    run = replace(RUN, method=NEW[name])
+    captured, eager = start(run, capture=True), start(run, capture=False)
+    states = [dict(lane.trainee.networks.state_dict()) for lane in (captured, eager)]
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        assert torch.equal(tensor.isnan(), states[1][key].isnan()), key
+        assert torch.equal(tensor.nan_to_num(), states[1][key].nan_to_num()), key
+    assert any(t.isnan().any() for t in states[0].values()) == (name in WAITING)
+    assert not any(buffer.any() for buffer in captured.trainee.momentum().values())
+    assert not any(total.any() for total in captured.meter.values())
+    assert not captured.cursor.any()
+
+
+WAITING = {"KR", "KR fixed, gamma", "KR + NST", "KR + KDGAN", "sparse"}
+
+
+def test_noise_is_that_of_the_epoch(start, teachers):
+    captured, eager = (start(replace(RUN, method=NEW["KDGAN"]), capture=c) for c in (True, False))
+    first = captured.noise.clone()
+    assert torch.equal(first, eager.noise)
+    address = captured.noise.data_ptr()
+    advance(captured, captured.steps)
+    captured.end_epoch()
+    captured.begin_epoch()
+    assert captured.noise.data_ptr() == address
+    assert not torch.equal(captured.noise, first)
+
+
+@pytest.mark.parametrize("name", ["KR", "KR + KDGAN", "sparse"])
+def test_a_resumed_lane_of_a_new_method_equals_an_uninterrupted_one(
+    start, teachers, gpu, monkeypatch, name
+):
+    monkeypatch.setattr(lane_module, "SAVING_SHARE", 1e9)
+    run = replace(RUN, method=NEW[name], seed=1)
+    uninterrupted, first = finish(start(run, capture=True)), start(run, capture=True)
+    advance(first, first.steps)
+    first.end_epoch()
+    images = load_data(run.data, "train", gpu)
+    resumed = Lane(run, images, load_data(run.data, "test", gpu), Shelf())
+    assert resumed.epoch == 1
+    resumed.begin_epoch()
+    assert_equal(whole(resumed), whole(first))
+    finish(resumed)
+    assert training_log(resumed) == training_log(uninterrupted)
+    assert_equal(whole(resumed), whole(uninterrupted))
+
+
+def test_new_methods_side_by_side_equal_one_by_one(gpu, teachers, another_home):
+    names = ("KR", "KR + KDGAN", "KDGAN", "sparse")
+    runs = [replace(RUN, method=NEW[name], seed=k) for k, name in enumerate(names)]
+    results = []
+    for lanes in (1, 4):
+        another_home()
+        BANKS.clear()
+        results.append(train(runs, device=gpu, lanes=lanes))
+    alone, together = ([trained.closing["weights"] for trained in part] for part in results)
+    assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recoded_gradients_and_their_thresholds_do_not_depend_on_their_scaling(
+    start, monkeypatch, dtype
+):
+    """Thresholds are of gradients, not of those that a scaler multiplies: the method asks for full
+    precision."""
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: torch.float32)
+    run = replace(RUN, method=NEW["sparse"])
+    exact = start(run, capture=False)
+    advance(exact, 1)
+    monkeypatch.setattr(trainee, "training_dtype", lambda device: dtype)
+    half = start(run, capture=False)
+    advance(half, 1)
+    ours, theirs = (lane.trainee.networks["thresholds"].values for lane in (half, exact))
+    torch.testing.assert_close(ours, theirs)
 
 
 # --- a search, whose gates have an optimizer of their own and whose end depends on them -----------

@@ -1,10 +1,15 @@
 """Each loss against its formula, written out in numpy with loops and broadcasting."""
 
+from itertools import accumulate
+from math import prod
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import entr, rel_entr, softmax
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdlib import losses
 
@@ -226,3 +231,197 @@ def test_fsp_pools_whichever_layer_is_larger():
     pooled = torch.nn.functional.max_pool2d(large, 2)
     assert float(losses.fsp(small, large, small, pooled)) == 0
     assert float(losses.fsp(large, small, pooled, small)) == 0
+
+
+# --- memory of NST --------------------------------------------------------------------------------
+
+
+def broadcast_nst(student, teacher):
+    """The formula as it is often written: it makes ``[b, c, c, h·w]``."""
+    s, t = (f.flatten(2) / f.flatten(2).norm(dim=2, keepdim=True) for f in (student, teacher))
+
+    def mean_kernel(x, y):
+        return (x[:, :, None, :] * y[:, None, :, :]).sum(3).square().mean()
+
+    return mean_kernel(s, s) + mean_kernel(t, t) - 2 * mean_kernel(s, t)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_nst_equals_the_broadcast_formula_with_its_gradient(dtype, rel):
+    """Of features behind a ReLU, whose kernels are alike: little is left of their difference."""
+    student, teacher = (f.relu() for f in make((16, 8, 8), (24, 8, 8)))
+    exact = student.clone().requires_grad_()
+    expected = broadcast_nst(exact, teacher)
+    expected.backward()
+    ours = student.to(dtype).requires_grad_()
+    loss = losses.nst(ours, teacher.to(dtype))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=rel)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=rel * 1e-2)
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of all that is computed."""
+
+    total = largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                size = prod(tensor.shape) * tensor.itemsize
+                self.total, self.largest = self.total + size, max(self.largest, size)
+        return results
+
+
+def test_nst_of_a_resnet50_needs_a_tenth_of_the_memory_of_the_broadcast_formula():
+    """Its first stage, 256 channels of 32x32, at a batch of 64; forward and backward, on the meta
+    device: shapes are computed, numbers are not."""
+    counts = []
+    for formula in (losses.nst, broadcast_nst):
+        student, teacher = (torch.empty(64, 256, 32, 32, device="meta") for _ in range(2))
+        with Bytes() as count:
+            formula(student.requires_grad_(), teacher).backward()
+        counts.append(count)
+    ours, broadcast = counts
+    assert broadcast.largest == 64 * 256 * 256 * 1024 * 4  # 17 GB
+    assert ours.total < broadcast.total / 10
+    assert ours.largest == 64 * 256 * 1024 * 4  # no more than a feature
+
+
+def test_nst_takes_a_tenth_of_the_memory_of_the_broadcast_formula():
+    """Measured: the most that was allocated at a time, at a size that fits."""
+    student, teacher = (f.repeat(1, 4, 1, 1).float() for f in make((16, 8, 8), (16, 8, 8)))
+    most = []
+    for formula in (losses.nst, broadcast_nst):
+        ours = student.clone().requires_grad_()
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            formula(ours, teacher).backward()
+        events = profiler.profiler.kineto_results.events()
+        most.append(max(accumulate(e.nbytes() for e in events if e.name() == "[memory]")))
+    assert most[1] > 2 * B * 64 * 64 * 64 * 4
+    assert most[0] < most[1] / 10
+
+
+# --- sparse recoding ------------------------------------------------------------------------------
+
+
+def test_recoding_is_nothing_within_its_threshold_and_grows_beyond():
+    u = torch.tensor([-3.0, -2.5, -2.0, -0.5, 0.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    u.requires_grad_()
+    threshold = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = losses.recoding(u, threshold, gain=3.0)
+    loss.backward()
+    # 3/2·(u² - 4): 7.5, 3.375, 0 five times, 18
+    assert loss.item() == (7.5 + 3.375 + 18) / 8
+    assert (8 * u.grad).tolist() == [-9.0, -7.5, 0, 0, 0, 0, 0, 12.0]
+    assert threshold.grad.item() == -3 * 2 * 3 / 8  # -a·t·share
+
+
+def test_recoding_has_no_gradient_exactly_at_its_threshold():
+    for sign in (1, -1):
+        for t in (0.1, 1.0, 1e-3):
+            edge = torch.tensor([sign * t])
+            over, under = (torch.nextafter(edge, torch.tensor(end * sign)) for end in (9.0, 0.0))
+            for u, expected in ((under, 0.0), (edge, 0.0), (over, 2 * over.item())):
+                u = u.clone().requires_grad_()
+                losses.recoding(u, edge.abs()[0]).backward()
+                assert u.grad.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gain", [1.0, 2.0, 0.3])
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.5, 99.0])
+def test_recoding_equals_its_formula_element_by_element(gain, threshold):
+    (u,) = make((4, 3, 3))
+    expected = np.mean(
+        [gain / 2 * (v**2 - threshold**2) if abs(v) > threshold else 0.0 for v in u.numpy().ravel()]
+    )
+    for t in (threshold, torch.tensor(threshold, dtype=torch.float64)):
+        assert losses.recoding(u, t, gain).item() == pytest.approx(expected, rel=1e-12)
+    assert (expected > 0) == (threshold < 9)
+
+
+def test_recoding_has_a_gain_of_two_unless_told():
+    (u,) = make((4, 3, 3))
+    torch.testing.assert_close(losses.recoding(u, 0.5), 2 * losses.recoding(u, 0.5, gain=1.0))
+
+
+def test_recoding_without_threshold_at_gain_1_is_half_the_squared_error():
+    u, other = make((4, 3, 3), (4, 3, 3))
+    half = losses.hint(u, other) / 2
+    torch.testing.assert_close(losses.recoding(u - other, 0.0, gain=1.0), half)
+
+
+def test_recoding_of_several_residuals_sums_their_means_by_weight():
+    u, weights = torch.stack(make((4, 3, 3), (4, 3, 3))), torch.tensor([0.25, 0.75]).double()
+    expected = 0.25 * losses.recoding(u[0], 0.5, 3.0) + 0.75 * losses.recoding(u[1], 0.5, 3.0)
+    torch.testing.assert_close(losses.recoding(u, 0.5, 3.0, weights), expected)
+
+
+def test_the_gradients_of_recoding_are_right_away_from_the_threshold():
+    (u,) = make((4, 3, 3))
+    threshold = torch.tensor(0.6, dtype=torch.float64)
+    assert ((u.abs() - threshold).abs() > 1e-4).all()
+    u, threshold = u.requires_grad_(), threshold.requires_grad_()
+    assert gradcheck(lambda *inputs: losses.recoding(*inputs, 1.7), (u, threshold))
+
+
+# --- aggregation ----------------------------------------------------------------------------------
+
+
+def test_aggregation_weights_are_shares_of_the_standard_deviations():
+    features = torch.stack([k * f for k, f in enumerate(make((4, 3, 3), (4, 3, 3)), 1)])
+    spread = [np.sqrt(((f - f.mean()) ** 2).sum() / (f.size - 1)) for f in features.numpy()]
+    weights = losses.aggregation_weights(features.requires_grad_())
+    assert weights.tolist() == pytest.approx([s / sum(spread) for s in spread], rel=1e-12)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-15)
+    assert not weights.requires_grad
+
+
+def test_a_single_layer_has_the_whole_weight():
+    assert losses.aggregation_weights(make((4, 3, 3))[0][None]).tolist() == [1.0]
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def test_samples_equal_their_formula():
+    logits, uniform = make((10,), (10,))[0], torch.rand(B, 10, dtype=torch.float64)
+    gumbel = -np.log(-np.log(uniform.numpy()))
+    expected = softmax((np.log(softmax(logits.numpy(), 1)) + gumbel) / 0.7, 1)
+    sample = losses.concrete(logits, uniform, 0.7)
+    np.testing.assert_allclose(sample.numpy(), expected, rtol=1e-11)
+    torch.testing.assert_close(sample.sum(1), torch.ones(B, dtype=torch.float64))
+
+
+def test_samples_at_a_low_temperature_are_labels_drawn_from_the_softmax():
+    draws, logits = 40_000, torch.tensor([1.0, 0.0, -1.0, 2.0])
+    uniform = torch.rand(draws, 4, generator=torch.manual_seed(0))
+    samples = losses.concrete(logits.expand(draws, 4), uniform, 0.01)
+    assert (samples.max(1).values > 0.99).float().mean() > 0.97
+    p = softmax(logits.double().numpy())
+    deviation = np.sqrt(p * (1 - p) / draws)
+    assert (np.abs(samples.mean(0).numpy() - p) < 4 * deviation + 1e-3).all()
+    assert (np.abs(np.bincount(samples.argmax(1), minlength=4) / draws - p) < 4 * deviation).all()
+
+
+def test_the_gradient_of_samples_is_right():
+    logits, uniform = make((5,))[0], torch.rand(B, 5, dtype=torch.float64).clamp(0.01, 0.99)
+    weights = make((5,), seed=1)[0]
+    assert gradcheck(
+        lambda z: (weights * losses.concrete(z, uniform, 0.8)).sum(), (logits.requires_grad_(),)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_samples_are_finite_at_the_ends_of_the_noise(temperature, scale):
+    least, most = 2**-24, 1 - 2**-24  # of float32, as a plan draws it
+    uniform = torch.tensor([[least] * 4, [most] * 4, [least, most, least, most], [0.5] * 4])
+    assert 0 < uniform.min() < uniform.max() < 1
+    logits = scale * torch.randn(4, 4, generator=torch.manual_seed(0))
+    sample = losses.concrete(logits.requires_grad_(), uniform, temperature)
+    (sample * torch.arange(4)).sum().backward()
+    assert sample.isfinite().all()
+    torch.testing.assert_close(sample.sum(1), torch.ones(4))
+    assert logits.grad.isfinite().all()

@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 import torch
+from helpers import layers_by_hand
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib import build_model, count_cost, files
@@ -20,6 +21,7 @@ FAMILIES = [
     "densenet-bc-22-4",
     "googlenet-x0.0625",
     "shufflenetv2-x0.125",
+    "lenet",
 ]
 
 
@@ -85,7 +87,7 @@ def test_networks_have_their_known_sizes(name, classes, params, mega_macs):
     assert mega_macs is None or round(cost.macs / 1e6, 1) == mega_macs
 
 
-@pytest.mark.parametrize("name", [*FAMILIES[:4], *FAMILIES[-4:]])
+@pytest.mark.parametrize("name", [*FAMILIES[:4], *FAMILIES[-5:]])
 def test_cost_equals_an_independent_count(name):
     model, x = build_model(name, classes=10, channels=1).eval(), torch.zeros(1, 1, 16, 16)
     norms = []
@@ -194,6 +196,120 @@ def test_a_vgg_of_small_images_keeps_a_pixel(size, sizes):
     assert model(x).shape == (1, 10)
 
 
+# --- what layers put out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_layer_of_a_stage_is_what_the_stage_puts_out(name, training):
+    model = build_model(name, classes=7, seed=0).train(training)
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    stem, *found = model.layers(x)
+    stages = model.stages(x)
+    assert len(stem) == 1
+    assert torch.equal(stem[0], model.stem(x))
+    assert len(found) == len(stages) == len(model.body)
+    for layers, stage in zip(found, stages, strict=True):
+        assert torch.equal(layers[-1], stage)
+
+
+def called_by_hand(model, x):
+    """Copies of what the modules of every stage put out, one after another, as they are called."""
+    x, found = model.stem(x), []
+    for stage in model.body:
+        outputs = []
+        for module in stage:
+            x = module(x)
+            outputs.append(x.detach().clone())
+        found.append(outputs)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_layer_is_altered_by_what_follows_it(name):
+    model = build_model(name, classes=7, seed=0).train()
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    by_hand = called_by_hand(model, x)
+    _, *found = model.layers(x)
+    for layers, outputs in zip(found, by_hand, strict=True):
+        if name.startswith("resnet"):
+            layers = layers[1::2] if "50" not in name else layers  # the ends of the blocks
+            assert len(layers) == len(outputs)
+        rest = iter(outputs)  # every layer is among them, in order
+        assert all(any(torch.equal(layer, out) for out in rest) for layer in layers)
+        assert layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_passes_gradients(name):
+    model = build_model(name, classes=7, seed=0).train()
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    sum(feature.square().mean() for layers in model.layers(x) for feature in layers).backward()
+    inner = [*model.stem.parameters(), *model.body.parameters()]
+    assert all(p.grad.abs().sum() > 0 for p in inner)
+    assert all(p.grad is None for p in model.head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("resnet8-x0.25", [1, 2, 2, 2]),  # two a block
+        ("resnet26-x0.25", [1, 8, 8, 8]),
+        ("resnet32-x0.25", [1, 10, 10, 10]),
+        ("resnet50-x0.125", [1, 3, 4, 6, 3]),  # one a block
+        ("wrn-16-2-x0.25", [1, 2, 2, 2]),
+        ("vgg13-x0.125", [1, 1, 2, 2, 2, 2]),
+        ("mobilenetv2-t4-w0.35", [1, 3, 3, 7, 4]),
+        ("googlenet-x0.0625", [1, 2, 5, 2]),
+    ],
+)
+def test_stages_have_as_many_layers_as_convolutions_or_blocks(name, counts):
+    model = build_model(name, classes=7).eval()
+    with torch.no_grad():
+        assert [len(layers) for layers in model.layers(torch.zeros(1, 3, 16, 16))] == counts
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_of_basic_blocks_are_their_convolutions_outputs(training):
+    model = build_model("resnet14-x0.5", 7, seed=0).train(training)
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    got, expected = model.layers(x), layers_by_hand(model, x)
+    assert [len(layers) for layers in got] == [1, 4, 4, 4]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def residual(block, x):
+    out = x
+    for convolution, norm in zip(block.convs, block.norms, strict=True):
+        out = norm(convolution(out))
+        out = out + block.shortcut(x) if norm is block.norms[-1] else out
+        out = out.clamp(min=0)
+    return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["resnet8-x0.25", "resnet50-x0.125"])
+def test_residual_networks_equal_their_formula_to_the_bit(name, training):
+    model = build_model(name, 7, seed=0).train(training)
+    x = torch.randn(4, 3, 16, 16, generator=torch.manual_seed(0))
+    gradients = []
+    for forward in (model, lambda x: model.head(by_blocks(model, x))):
+        model.zero_grad()
+        logits = forward(x)
+        logits.square().sum().backward()
+        gradients.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *gradients))
+
+
+def by_blocks(model, x):
+    x = model.stem(x)
+    for stage in model.body:
+        for block in stage:
+            x = residual(block, x)
+    return x
+
+
 # --- layers ---------------------------------------------------------------------------------------
 
 
@@ -280,6 +396,60 @@ def test_convolutions_start_normal_with_the_deviation_of_he_by_outputs(name):
             spread = 4 / module.weight.numel() ** 0.5
             assert module.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=spread)
             assert module.bias is None or not module.bias.any()
+
+
+# --- LeNet ----------------------------------------------------------------------------------------
+
+
+def test_a_lenet_has_its_known_size():
+    with torch.device("meta"):
+        cost = count_cost(build_model("lenet", 10, channels=1), image_size=28)
+    assert cost.params == 61_706
+    # 5x5 of 28x28 and of 14x14, then three linear layers and the classifier
+    macs = 28**2 * 6 * 25 + 14**2 * 16 * 6 * 25 + 400 * 120 + 120 * 84 + 84 * 10
+    assert cost.macs == macs
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_a_lenet_takes_images_of_any_size(size):
+    model = build_model("lenet", 10, channels=1).eval()
+    x = torch.zeros(2, 1, size, size)
+    assert model(x).shape == (2, 10)
+    assert model.stages(x)[-1].shape == (2, 16, 5, 5)
+
+
+def test_a_lenet_computes_its_layers():
+    model = build_model("lenet", 10, channels=1, seed=0).eval()
+    x = torch.randn(2, 1, 28, 28, generator=torch.manual_seed(0))
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    out = x
+    for conv, pooled in zip(convs, (14, 5), strict=True):
+        out = torch.nn.functional.conv2d(out, conv.weight, conv.bias, padding=2).clamp(min=0)
+        out = torch.nn.functional.adaptive_max_pool2d(out, pooled)
+    out = out.flatten(1)
+    for linear in linears:
+        out = out @ linear.weight.T + linear.bias
+        out = out if linear is linears[-1] else out.clamp(min=0)
+    torch.testing.assert_close(model(x), out)
+
+
+def test_lenets_differ_in_how_they_start():
+    he, glorot = (build_model(name, 10, channels=1, seed=0) for name in ("lenet", "lenet-glorot"))
+    assert shapes(he) == shapes(glorot)
+    for name, weight in he.named_parameters():
+        other = glorot.get_parameter(name)
+        if weight.ndim == 1:
+            assert not weight.any()
+            assert not other.any()
+            continue
+        spread = 6 / weight.numel() ** 0.5
+        field = weight[0, 0].numel()
+        inputs, outputs = weight.shape[1] * field, weight.shape[0] * field
+        assert weight.std().item() == pytest.approx((2 / inputs) ** 0.5, rel=spread), name
+        bound = (6 / (inputs + outputs)) ** 0.5
+        assert 0.9 * bound < other.abs().max() <= bound, name
+        assert other.std().item() == pytest.approx(bound / 3**0.5, rel=spread), name
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kdlib.engine import plan
-from kdlib.engine.plan import epoch_batches, mix
+from kdlib.engine.plan import epoch_batches, mix, noise
 
 CASES = [(128, 24), (10, 7), (10, 10), (50, 1), (9, 4), (1438, 64)]
 
@@ -69,3 +69,29 @@ def test_every_image_comes_once_per_epoch(n, batch):
 def test_a_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(ValueError, match="batch of 129 is larger than the data set of 128"):
         epoch_batches(0, 0, 128, 9, 129)
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_seed_and_epoch_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = noise(3, 5, (4, 6, 2, 10))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(noise(3, 5, (4, 6, 2, 10)), first)
+    assert first.shape == (4, 6, 2, 10)
+    assert first.dtype == torch.float32
+    others = [noise(3, 6, first.shape), noise(4, 5, first.shape), noise(5, 3, first.shape)]
+    assert not any((first == other).float().mean() > 0.01 for other in others)
+
+
+def test_noise_is_uniform_and_never_reaches_0_or_1():
+    """In so many draws of this seed and epoch torch gives an exact 0."""
+    drawn = noise(0, 4, (2**24,))
+    assert 0 < drawn.min() < 1e-6
+    assert 1 - 1e-6 < drawn.max() < 1
+    assert drawn.mean().item() == pytest.approx(0.5, abs=1e-3)
+    shares = torch.histc(drawn, 10, 0, 1) / len(drawn)
+    assert shares.tolist() == pytest.approx([0.1] * 10, abs=1e-3)

@@ -31,6 +31,24 @@ def test_a_recipe_shrinks_with_its_milestones_and_keeps_the_rest():
     assert (recipe.batch, recipe.lr, recipe.weight_decay) == (64, 0.05, 1e-4)
 
 
+def test_a_data_set_that_a_small_one_stands_in_for_is_repeated():
+    smoke, paper = PROFILES["smoke"], PROFILES["paper"]
+    recipe = smoke.recipe(10, milestones=(5,), data="mnist", batch=64, lr=0.05)
+    assert (recipe.epochs, recipe.milestones) == (30, (15,))  # 60·10/20
+    plain = smoke.recipe(10, milestones=(5,), data="cifar10", batch=64, lr=0.05)
+    assert (plain.epochs, plain.milestones) == (1, (1,))
+    recipe = paper.recipe(10, milestones=(5,), data="mnist", batch=64, lr=0.05)
+    assert (recipe.epochs, recipe.milestones) == (10, (5,))
+
+
+def test_iterations_shrink_as_epochs_do():
+    assert PROFILES["paper"].iterations(20_000) == 20_000
+    assert PROFILES["course"].iterations(20_000) == 2000
+    assert SMALL.iterations(1) == 1
+    table = PROFILES["course"].settings(training_iterations=20_000)
+    assert table.loc["training iterations"].tolist() == [20_000, 2000]
+
+
 def test_a_run_is_named_as_the_paper_names_it():
     recipe = SMALL.recipe(240, batch=64, lr=0.05)
     teacher = SMALL.run("cifar100", "resnet50", recipe, keep=(40, 120))

@@ -28,7 +28,8 @@ class Trainee:
     """
 
     def __init__(self, run: Run, images: Images, teacher: Staged | None):
-        self.device, self.dtype = images.device, training_dtype(images.device)
+        self.device = images.device
+        self.dtype = training_dtype(images.device) if run.method.half else torch.float32
         self.networks = initial_networks(run, images, teacher)
         self.networks.to(self.device, memory_format=torch.channels_last)
         called = {name: self.called(net) for name, net in self.networks.items()}

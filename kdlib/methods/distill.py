@@ -57,6 +57,9 @@ class Method:
     live = False
     # Whether the student is a network by itself, without the method's parts.
     whole = True
+    # Whether networks may compute in half precision. There losses are scaled at times, which a
+    # method that looks at gradients must not see.
+    half = True
     # How many random numbers the loss reads for every image and class.
     noises = 0
 
@@ -149,6 +152,7 @@ class Wrapper(Method):
     live = property(lambda self: self.inner.live)
     labelled = property(lambda self: self.inner.labelled)
     whole = property(lambda self: self.inner.whole)
+    half = property(lambda self: self.inner.half)
     noises = property(lambda self: self.inner.noises)
 
     def check(self, run):

@@ -25,7 +25,7 @@ class Penalised(Method):
 
     The label term is kept as a curve: its mean over each of ``bins`` times ``every`` steps.
 
-    Raises ValueError for an unknown penalty.
+    Raises ValueError for an unknown penalty, and for a curve without bins or steps.
     """
 
     penalty: str = "none"
@@ -34,8 +34,11 @@ class Penalised(Method):
     pull: float = 1.0
     bins: int = 200
     every: int = 100
+    half = False
 
     def __post_init__(self):
+        if min(self.bins, self.every) < 1:
+            raise ValueError(f"A curve needs a bin and a step at least: {self}.")
         if self.penalty not in PENALTIES:
             raise ValueError(f"There is no penalty {self.penalty!r}, but {', '.join(PENALTIES)}.")
 

@@ -38,7 +38,8 @@ class KR(Wrapper, FromTeacher):
 
     Attributes:
         prior: rate and schedule of the first update; epochs and batch are the student's.
-        posterior: D, what is learned from logits: CrossEntropy, KD, NST, KDGAN or another.
+        posterior: D, what is learned from logits: CrossEntropy, KD, NST, KDGAN or another; by the
+            checkpoint of ``at``, whatever its own says.
         n: 3; 4 on ImageNet.
         gain: a of ρ.
         threshold: t of ρ: ``learned``, of each group, from the mean |A(F_s) - F_l| of the first
@@ -47,7 +48,7 @@ class KR(Wrapper, FromTeacher):
             grow for ever.
 
     Raises ValueError for an unknown threshold, a number out of its range, and a posterior that
-    learns from another teacher.
+    learns from another teacher or wraps a method itself.
     """
 
     prior: Recipe
@@ -66,6 +67,8 @@ class KR(Wrapper, FromTeacher):
             raise ValueError(f"There is no threshold {self.threshold!r}, but {THRESHOLDS}.")
         if self.n < 1 or min(self.beta, self.gamma, self.gain, self.pull) < 0:
             raise ValueError(f"KR needs groups of one layer at least, and nothing below 0: {self}.")
+        if isinstance(self.posterior, Wrapper):
+            raise ValueError(f"A posterior is a plain method, not {type(self.posterior).__name__}.")
         if isinstance(self.posterior, FromTeacher):
             if self.posterior.teacher != self.teacher:
                 raise ValueError(
@@ -180,7 +183,7 @@ def _shapes(features: list[list[Tensor]]) -> list[list[torch.Size]]:
 
 def pair_layers(ours: list[list], theirs: list[list], n: int) -> list[Group]:
     """Every stage of the teacher in groups of up to n neighbouring layers of one shape, each for a
-    layer of the student: as many groups as it has layers there, or more where n asks for it.
+    layer of the student: as many groups as it has layers there, or more where n or shapes want it.
 
     Stages pair by their number, as many as both networks have, without the stems. Groups go to the
     student's layers in order, the last to its last.

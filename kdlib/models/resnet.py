@@ -31,10 +31,10 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        (out,) = deque(self.layers(x), maxlen=1)  # none is kept longer than it is needed
+        (out,) = deque(self.layer_outputs(x), maxlen=1)  # none is kept longer than it is needed
         return out
 
-    def layers(self, x: Tensor) -> Iterator[Tensor]:
+    def layer_outputs(self, x: Tensor) -> Iterator[Tensor]:
         """The outputs of those convolutions that are as wide as the block, the block's own last."""
         out, last = x, self.norms[-1]
         for convolution, norm in zip(self.convs, self.norms, strict=True):

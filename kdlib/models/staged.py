@@ -49,16 +49,16 @@ class Staged(nn.Module):
     def layers(self, x: Tensor) -> list[list[Tensor]]:
         """The outputs of every stage's layers, the stem's alone as those of stage 0.
 
-        The last of a stage is what the stage puts out. A layer is a convolution with what follows
-        it, or a block that does not tell of its own (``layers``).
+        The last of a stage is what the stage puts out. A block is a layer, or several where it says
+        so (``layer_outputs``); elsewhere a convolution is one, with norm and activation.
         """
         x = self.stem(x)
         found = [[x]]
         for part in self.body:
             outputs = []
             for module in part:
-                if hasattr(module, "layers"):
-                    outputs += module.layers(x)
+                if hasattr(module, "layer_outputs"):
+                    outputs += module.layer_outputs(x)
                     x = outputs[-1]
                 else:
                     x = module(x)
