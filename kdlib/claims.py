@@ -28,8 +28,8 @@ class Verdict:
 
     Attributes:
         verdict: reproduced, inconclusive or differs for values; supported, inconclusive or
-            contradicted for gaps and orderings; ``direction only`` where the profile or the data
-            set is not the paper's; ``not run``.
+            contradicted for gaps and orderings; ``direction only`` where the profile, the data set
+            or the method is not the paper's; ``not run``.
         estimate: ours: of a value its difference from the paper's, of other claims the claimed
             gap (of several, the smallest) or correlation. ``low`` and ``high`` bound it at 95 %.
         paper: the same quantity by the paper's own numbers.
@@ -51,6 +51,8 @@ class Verdict:
     paper: float = math.nan
     as_claimed: bool | None = None
     n: int = 0
+    # whether the claim is about a method or data that the paper's text no longer tells
+    reconstruction: bool = False
 
 
 @lru_cache
@@ -116,7 +118,7 @@ def _values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
             tolerance = 0.5 * 10.0**-cell.digits
         head = _head(claim) | {
             "id": f"{claim['id']}/{row}", "unit": cell.unit, "tolerance": tolerance,
-            "paper": cell.value,
+            "paper": cell.value, "reconstruction": _is_rebuilt(claim, row),
         }  # fmt: skip
         values = np.array(list(ours.get((row, claim["column"]), {}).values()))
         if len(values) == 0:
@@ -127,7 +129,7 @@ def _values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
         if claim.get("deterministic"):
             # a count that rounds to the printed digits, give or take the last bit of a float
             verdict = "reproduced" if abs(difference) <= tolerance * (1 + 1e-9) else "differs"
-        elif not faithful:
+        elif not faithful or head["reconstruction"]:
             verdict = "direction only"
         elif -tolerance <= low and high <= tolerance:
             verdict = "reproduced"
@@ -144,7 +146,9 @@ def _values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
 
 
 def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
+    rebuilt = _is_rebuilt(claim)
     head = _head(claim) | {"unit": _unit(claim), "tolerance": claim.get("tolerance", math.nan)}
+    head["reconstruction"] = rebuilt
     paper = estimate(claim, paper_cells(claim["exhibit"]))
     head["paper"] = paper[0] if paper else math.nan
     result = estimate(claim, ours)
@@ -164,9 +168,10 @@ def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
         yes, no = low > margin, high < margin
         as_claimed = found > margin
     verdict = "supported" if yes else "contradicted" if no else "inconclusive"
+    judged = (faithful and not rebuilt) or claim.get("deterministic")
     return Verdict(
         **head,
-        verdict=verdict if faithful or claim.get("deterministic") else "direction only",
+        verdict=verdict if judged else "direction only",
         estimate=found,
         low=low,
         high=high,
@@ -239,6 +244,12 @@ def _correlation(claim: dict, cells: Cells) -> tuple[float, float, float, int] |
         return r, math.nan, math.nan, len(rows)
     margin = stats.norm.ppf((1 + CONFIDENCE) / 2) / math.sqrt(len(rows) - 3)
     return r, math.tanh(math.atanh(r) - margin), math.tanh(math.atanh(r) + margin), len(rows)
+
+
+def _is_rebuilt(claim: dict, row: str | None = None) -> bool:
+    """Whether a claim, or the row of one on values, is about a reconstruction."""
+    rebuilt = claim.get("reconstruction", False)
+    return row in rebuilt if isinstance(rebuilt, list) else rebuilt
 
 
 def _head(claim: dict) -> dict:

@@ -321,8 +321,11 @@ def claimed(verdict: Verdict) -> str:
 
 def worded(verdict: Verdict) -> str:
     """The verdict and, where it is of the direction only, on which side our estimate lies."""
+    only = verdict.verdict
+    if verdict.reconstruction and only == "direction only":
+        only = "reconstruction, direction only"
     if verdict.verdict != "direction only" or verdict.as_claimed not in (True, False):
-        return verdict.verdict
+        return only
     if verdict.as_claimed:
         side = "as claimed"
     elif verdict.kind == "equal":
@@ -331,7 +334,7 @@ def worded(verdict: Verdict) -> str:
         side = "a tie"
     else:
         side = "weaker than claimed" if verdict.estimate > 0 else "opposite"
-    return f"direction only: {side}"
+    return f"{only}: {side}"
 
 
 def _markdown(table: pd.DataFrame) -> str:

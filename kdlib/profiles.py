@@ -164,11 +164,13 @@ class Profile:
             route=route,
         )
 
-    def settings(self, grid: bool = False, repeated: str = "", **paper) -> pd.DataFrame:
+    def settings(
+        self, grid: bool = False, repeated: str = "", ours: Iterable[str] = (), **paper
+    ) -> pd.DataFrame:
         """A table of the paper's settings beside this profile's.
 
         ``grid`` tells of the seeds of a grid of networks, ``repeated`` what recipes have as
-        ``data``.
+        ``data``, ``ours`` which settings the paper does not print.
 
         Keys name the quantity, values are the paper's: a data set or network by name, a number of
         epochs or several as ``range`` of numbers in a key that ends in ``epochs``, one of
@@ -186,7 +188,8 @@ class Profile:
                 here = label(self.dataset(value))
             else:
                 here = self.model(value)
-            rows.append((key.replace("_", " "), value, here))
+            printed = f"{value} (ours)" if key in ours else value
+            rows.append((key.replace("_", " "), printed, here))
         seeds = self.grid_seeds if grid else self.seeds
         rows.append(("seeds", "not stated", len(seeds)))
         most = f"at most {self.images}" if self.images else "all"

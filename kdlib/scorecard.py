@@ -21,7 +21,7 @@ PAPERS = {
     "rco": "Route Constrained Optimization",
     "stc": "Student-Teacher Collaboration",
     "search": "Search for Better Students",
-    "kr": "Knowledge Representing",
+    "kr": "Knowledge Representing (reconstructed)",
 }
 VERDICTS = {
     "reproduced": plots.GREEN,
@@ -49,6 +49,7 @@ def gather(profile: Profile) -> pd.DataFrame:
             tables.append(pd.DataFrame([vars(v) for v in judge(exhibit, {}, faithful=False)]))
     table = pd.concat([t.dropna(axis=1, how="all") for t in tables], ignore_index=True)
     table = table.reindex(columns=[f.name for f in fields(Verdict)])
+    table["reconstruction"] = table.reconstruction.eq(True)
     table["paper_key"] = table.exhibit.str.partition("/")[0]
     order = [claim["exhibit"] for claim in all_claims()]
     return table.sort_values("exhibit", key=lambda names: names.map(order.index), kind="stable")
@@ -103,6 +104,9 @@ def forest(table: pd.DataFrame) -> Figure:
             high = np.clip(1.3 * (part.estimate / part.scale).abs().max(), 2, high)
             low = -high
         axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=titles[kind])
+        if part.empty:
+            words = "nothing to draw: no claim here\nhas a printed number to compare"
+            axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center")
         names = [f"{c.exhibit}  {_short(c)}" for c in part.itertuples()]
         axes.set_yticks(range(len(part)), names, fontsize=6.5)
         axes.grid(axis="y", visible=False)

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from kdlib import KD, CrossEntropy, Recipe, Run, load_data, store, train
 from kdlib.calibration import Calibration, OnDistorted, distorted
-from kdlib.data import canonical_name, count_views, label, split_name
+from kdlib.data import canonical_name, count_views, distortion, label, split_name
 from kdlib.data.distortion import distort
 from kdlib.errors import UnknownName
 from kdlib.profiles import open_profile
@@ -26,8 +26,9 @@ def core(images):
         ("cifar100+noise0.04", ("cifar100", "+noise0.04")),
         ("digits+blur1", ("digits", "+blur1")),
         ("folder:/a+b/c", ("folder:/a+b/c", "")),
-        ("folder:/a+b/c+blur.5", ("folder:/a+b/c", "+blur.5")),
+        ("folder:/a+b/c+blur.5", ("folder:/a+b/c", "+blur0.5")),
         ("photos@0123456789ab+noise1", ("photos@0123456789ab", "+noise1")),
+        ("digits+noise0.10", ("digits", "+noise0.1")),
     ],
 )
 def test_a_name_says_what_is_distorted_and_how(name, parts):
@@ -44,10 +45,18 @@ def test_noise_has_its_deviation_and_is_another_in_every_image_and_split():
 
 
 def test_the_noise_of_an_image_does_not_depend_on_how_many_follow(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), dtype=np.uint8)
     whole = distort(pixels, "+noise0.1", "train")
-    assert (distort(pixels, "+noise0.1", "train") == whole).all()
     assert (distort(pixels[:7], "+noise0.1", "train") == whole[:7]).all()
+    monkeypatch.setattr(distortion, "BLOCK", 11)
+    assert (distort(pixels, "+noise0.1", "train") == whole).all()
+
+
+def test_distorted_images_are_the_same_on_every_machine():
+    """A run's id names them, so that other noise under the same name would be a wrong number."""
+    pixels = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8, 1)
+    sums = [int(distort(pixels, d, "train").astype(int).sum()) for d in ("+noise0.1", "+blur1")]
+    assert sums == [8006, 8128]
 
 
 def test_noise_is_cut_off_where_pixels_end():

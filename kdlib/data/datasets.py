@@ -79,7 +79,7 @@ def canonical_name(name: str) -> str:
         return canonical + distortion
     if base not in KINDS and "@" not in base:
         raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
-    return name
+    return base + distortion
 
 
 def count_views(name: str) -> int:

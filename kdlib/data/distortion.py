@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter
 
 BLOCK = 1000
@@ -13,8 +12,9 @@ SEEDS = {"train": 20191, "test": 10534}  # any two; other ones make another data
 
 def split_name(name: str) -> tuple[str, str]:
     """A data set's name and, from a ``+`` on, its distortion; nothing where there is none."""
-    match = re.fullmatch(r"(.+?)(\+(?:noise|blur)\d*\.?\d+)?", name)
-    return (match[1], match[2] or "") if match else (name, "")
+    match = re.fullmatch(r"(.+)\+(noise|blur)(\d*\.?\d+)", name)
+    # one name for one data set: 0.10 is 0.1
+    return (match[1], f"+{match[2]}{float(match[3]):g}") if match else (name, "")
 
 
 def distort(pixels: np.ndarray, distortion: str, split: str) -> np.ndarray:
@@ -34,9 +34,9 @@ def distort(pixels: np.ndarray, distortion: str, split: str) -> np.ndarray:
 
 def _with_noise(blocks: list[np.ndarray], deviation: float, split: str) -> Iterator[np.ndarray]:
     """One stream for a split, so that an image's noise is told by its place."""
-    generator = torch.Generator().manual_seed(SEEDS[split])
+    random = np.random.default_rng(SEEDS[split])
     for block in blocks:
-        yield block + 255 * deviation * torch.randn(block.shape, generator=generator).numpy()
+        yield block + 255 * deviation * random.standard_normal(block.shape, dtype=np.float32)
 
 
 def _blurred(blocks: list[np.ndarray], deviation: float, split: str) -> Iterator[np.ndarray]:

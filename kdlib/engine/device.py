@@ -61,6 +61,12 @@ class InFloat32:
     def __call__(self, x: Tensor) -> Tensor:
         return self._float32(self.network, x)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """As ``Staged.features``."""
+        with half_precision(self.device, self.dtype):
+            features = self.network.features(x)
+        return [feature.float() for feature in features]
+
     def stages(self, x: Tensor) -> list[Tensor]:
         """As ``Staged.stages``."""
         with half_precision(self.device, self.dtype):

@@ -145,7 +145,7 @@ class Lane:
             teacher=self.teacher,
             parts=self.trainee.parts,
             frozen=self.frozen,
-            noise=self.noise.index_select(0, self.cursor)[0] if self.run.method.noises else None,
+            noise=None if self.noise is None else self.noise.index_select(0, self.cursor)[0],
         )
         told: dict[str, Tensor] = {}
         for turn in self.trainee.turns:

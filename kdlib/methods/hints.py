@@ -209,7 +209,7 @@ class FSP(OnFeatures):
             )
 
     def features(self, network, x):
-        return [layers[-1] for layers in network.layers(x)]
+        return network.features(x)
 
     def term(self, ours, theirs, step):
         flows = zip(pairwise(ours), pairwise(theirs), strict=False)
@@ -238,7 +238,7 @@ def _widths(model: str) -> list[int]:
     """Channels of the stem's and every stage's output; nothing is computed for it."""
     with torch.device("meta"):
         network = builder(model)(classes=2, channels=1).eval()
-        return [layers[-1].shape[1] for layers in network.layers(torch.empty(1, 1, 32, 32))]
+        return [f.shape[1] for f in network.features(torch.empty(1, 1, 32, 32))]
 
 
 def _leaky(layer: type[nn.Module], widths) -> nn.Sequential:

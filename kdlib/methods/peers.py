@@ -94,6 +94,8 @@ class KDGAN(FromTeacher):
         discriminator, copy: their rates and schedules; epochs and batch are the student's.
         relaxation: τ of the samples.
         temperature: T.
+
+    Raises ValueError for a share beyond [0, 1], a weight below 0, and where τ or T is not above 0.
     """
 
     discriminator: Recipe
@@ -106,6 +108,12 @@ class KDGAN(FromTeacher):
     labelled = False
     live = True
     noises = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights, divisors = (self.kd_weight, self.back_weight), (self.temperature, self.relaxation)
+        if not (0 <= self.share <= 1 and min(weights) >= 0 and min(divisors) > 0):
+            raise ValueError(f"KDGAN has a number out of its range: {self}.")
 
     def parts(self, student, teacher, x):
         copy = deepcopy(teacher).requires_grad_(True)

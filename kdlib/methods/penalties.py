@@ -25,7 +25,7 @@ class Penalised(Method):
 
     The label term is kept as a curve: its mean over each of ``bins`` times ``every`` steps.
 
-    Raises ValueError for an unknown penalty, and for a curve without bins or steps.
+    Raises ValueError for an unknown penalty, a number below 0, and a curve without bins or steps.
     """
 
     penalty: str = "none"
@@ -39,6 +39,8 @@ class Penalised(Method):
     def __post_init__(self):
         if min(self.bins, self.every) < 1:
             raise ValueError(f"A curve needs a bin and a step at least: {self}.")
+        if not min(self.weight, self.gain, self.pull) >= 0:
+            raise ValueError(f"No weight, gain or pull is below 0: {self}.")
         if self.penalty not in PENALTIES:
             raise ValueError(f"There is no penalty {self.penalty!r}, but {', '.join(PENALTIES)}.")
 

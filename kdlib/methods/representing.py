@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,11 +45,11 @@ class KR(Wrapper, FromTeacher):
         gain: a of ρ.
         threshold: t of ρ: ``learned``, of each group, from the mean |A(F_s) - F_l| of the first
             batch; ``fixed`` there; ``none``, which with ``gain`` 1 is KR-Dense.
-        pull: t descends mean ρ + pull·(t - mean |A(F_s) - F_l|)²; without the second term it would
-            grow for ever.
+        pull: t descends beta·(Σ_l w_l·mean ρ + pull·(t - mean |A(F_s) - F_l|)²); without the second
+            term it would grow for ever. gamma moves no threshold.
 
     Raises ValueError for an unknown threshold, a number out of its range, and a posterior that
-    learns from another teacher or wraps a method itself.
+    learns from another teacher, wraps a method itself or is a search; TypeError for a broken n.
     """
 
     prior: Recipe
@@ -65,9 +66,10 @@ class KR(Wrapper, FromTeacher):
         super().__post_init__()
         if self.threshold not in THRESHOLDS:
             raise ValueError(f"There is no threshold {self.threshold!r}, but {THRESHOLDS}.")
-        if self.n < 1 or min(self.beta, self.gamma, self.gain, self.pull) < 0:
+        object.__setattr__(self, "n", index(self.n))
+        if self.n < 1 or not min(self.beta, self.gamma, self.gain, self.pull) >= 0:
             raise ValueError(f"KR needs groups of one layer at least, and nothing below 0: {self}.")
-        if isinstance(self.posterior, Wrapper):
+        if isinstance(self.posterior, Wrapper) or not self.posterior.whole:
             raise ValueError(f"A posterior is a plain method, not {type(self.posterior).__name__}.")
         if isinstance(self.posterior, FromTeacher):
             if self.posterior.teacher != self.teacher:
@@ -152,7 +154,7 @@ class Aggregation(nn.Module):
                 self.thresholds = None
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
-        """Sum over the groups of penalty and pull; the mean share of residuals that count."""
+        """Sum over the groups of penalty and pull; to log, the share of residuals that count."""
         total, beyond = 0.0, []
         for k, (group, adapt) in enumerate(zip(self.groups, self.adapters, strict=True)):
             layers = torch.stack([theirs[group.stage][layer] for layer in group.teacher]).detach()

@@ -38,19 +38,22 @@ class Staged(nn.Module):
             feature = part(feature)
         return self.head(feature)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The output of the stem and of every stage, first to last."""
+        features = [self.stem(x)]
+        for part in self.body:
+            features.append(part(features[-1]))
+        return features
+
     def stages(self, x: Tensor) -> list[Tensor]:
         """The output of every stage, first to last."""
-        x, features = self.stem(x), []
-        for part in self.body:
-            x = part(x)
-            features.append(x)
-        return features
+        return self.features(x)[1:]
 
     def layers(self, x: Tensor) -> list[list[Tensor]]:
         """The outputs of every stage's layers, the stem's alone as those of stage 0.
 
         The last of a stage is what the stage puts out. A block is a layer, or several where it says
-        so (``layer_outputs``); elsewhere a convolution is one, with norm and activation.
+        so (``layer_outputs``); outside of blocks, an activation ends one.
         """
         x = self.stem(x)
         found = [[x]]
@@ -63,7 +66,7 @@ class Staged(nn.Module):
                 else:
                     x = module(x)
                     outputs += [] if isinstance(module, INCOMPLETE) else [x]
-            found.append(outputs)
+            found.append(outputs if outputs and outputs[-1] is x else [*outputs, x])
         return found
 
     def forward(self, x: Tensor) -> Tensor:
