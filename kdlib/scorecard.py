@@ -106,7 +106,10 @@ def forest(table: pd.DataFrame) -> Figure:
         axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=titles[kind])
         if part.empty:
             words = "nothing to draw: no claim here\nhas a printed number to compare"
-            axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center")
+            white = {"facecolor": "white", "lw": 0}
+            axes.text(
+                0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", bbox=white
+            )
         names = [f"{c.exhibit}  {_short(c)}" for c in part.itertuples()]
         axes.set_yticks(range(len(part)), names, fontsize=6.5)
         axes.grid(axis="y", visible=False)

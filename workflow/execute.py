@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import gpu_slot
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -65,7 +66,8 @@ def main() -> None:
     name = arguments.notebook.stem
     print(f"  … {arguments.notebook.parent.name}/{name}", flush=True)
     try:
-        seconds = execute(arguments.notebook, arguments.output, parameters)
+        with gpu_slot.gpu_slot():
+            seconds = execute(arguments.notebook, arguments.output, parameters)
     except DeadKernelError as error:
         print(f"  ✗ {name}: the kernel died, as it does when memory runs out", flush=True)
         sys.exit(str(error))

@@ -110,13 +110,15 @@ def list_notebooks(profile: str) -> None:
         )
 
 
-def gpus() -> int:
-    """How many GPUs the driver shows; asking torch would take seconds."""
+def gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA names them; asking torch would take seconds."""
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in shown.split(",") if name]
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return 0
-    return done.stdout.count("GPU ")
+        return []
+    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
 
 
 def snakemake(arguments: argparse.Namespace) -> list[str]:
@@ -135,9 +137,10 @@ def snakemake(arguments: argparse.Namespace) -> list[str]:
     if arguments.executor == "slurm":
         command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     else:
-        # A notebook trains many students at a time on a GPU; two notebooks would only share it.
-        cores = os.cpu_count() or 1
-        jobs = arguments.jobs or (1 if gpus() else min(cores, 4))
+        # A notebook trains many students at a time on a GPU: one each, for as long as it runs.
+        cores, devices = os.cpu_count() or 1, gpus()
+        jobs = arguments.jobs or len(devices) or min(cores, 4)
+        os.environ["KDLIB_GPUS"] = ",".join(devices)
         settings["threads"] = max(1, cores // jobs)
         command += ["--cores", str(settings["threads"] * jobs), "--resources", f"gpu={jobs}"]
     pairs = [f"{key}={value}" for key, value in settings.items() if value is not None]
