@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from kdlib import KD, KdlibError, build_model, load_data, store, train
 from kdlib.engine import lane as lane_module
 from kdlib.engine import plan
 from kdlib.engine.lane import Lane
-from kdlib.engine.plan import mix
+from kdlib.engine.plan import epoch_batches, mix
 from kdlib.engine.train import BANKS
 from kdlib.errors import NotFinite
 from kdlib.store import fingerprint
@@ -480,11 +481,15 @@ def test_the_last_good_epoch_outlives_a_loss_that_is_not_finite(tiny, epochs_tra
 def test_a_log_file_gets_a_line_for_every_epoch(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_LOG", str(tmp_path / "log"))
     run = tiny()
-    train([run])
+    (trained,) = train([run])
     lines = (tmp_path / "log").read_text().splitlines()
     for k, line in enumerate(lines, 1):
         assert f"{run} · epoch {k}/2 · loss " in line
     assert lines[1].endswith("0:00:00 left")
+    row = trained.log.iloc[-1]
+    speed = re.search(r"· ([\d,]+) images/s · 0:00:00 left · all runs: ", lines[1])[1]
+    index, _ = epoch_batches(0, 1, 128, 9, 24)
+    assert int(speed.replace(",", "")) == pytest.approx(index.numel() / row.seconds, abs=1)
     assert len(lines) == 2
 
 

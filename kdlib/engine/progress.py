@@ -22,20 +22,24 @@ class Progress:
         self.bar = _bar(epochs) if self.style == "bar" and epochs else None
         self.log = Path(os.environ["KDLIB_LOG"]) if os.environ.get("KDLIB_LOG") else None
 
-    def epoch(self, run, row: dict, last: bool) -> None:
-        """Tell that an epoch ended: its row of the log, whether it is the run's last."""
+    def epoch(self, run, row: dict, images: int, last: bool) -> None:
+        """Tell that an epoch ended: its row of the log, the images it trained on, whether it is
+        the run's last."""
         self.done += 1
+        speed = f"{images / row['seconds']:,.0f} images/s" if row["seconds"] else "in no time"
+        ahead = run.recipe.epochs - row["epoch"]
         line = (
             f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · "
-            f"loss {row['train_loss']:.3f} · test {row['test_top1']:.2f} % · "
-            f"all runs: {self._left()} left"
+            f"loss {row['train_loss']:.3f} · test {row['test_top1']:.2f} % · {speed} · "
+            f"{_clock(row['seconds'] * ahead)} left · all runs: {self._left()} left"
         )
         if self.log:
             with self.log.open("a") as file:
                 file.write(line + "\n")
         if self.bar is not None:
             self.bar.set_description(str(run), refresh=False)
-            self.bar.set_postfix_str(f"test {row['test_top1']:.1f} %", refresh=False)
+            told = f"test {row['test_top1']:.1f} %, {speed}"
+            self.bar.set_postfix_str(told, refresh=False)
             self.bar.update()
         elif self.style == "lines" and last:
             print(line, flush=True)
@@ -51,10 +55,14 @@ class Progress:
             self.bar.close()
 
     def _left(self) -> str:
-        seconds = (time.monotonic() - self.started) / self.done * (self.epochs - self.done)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}"
+        passed = time.monotonic() - self.started
+        return _clock(passed / self.done * (self.epochs - self.done))
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _style() -> str:

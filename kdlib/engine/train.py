@@ -318,7 +318,9 @@ def _run_lanes(runs: list[Run], device: torch.device, progress: Progress) -> dic
                     lane.look()
             for lane in active:
                 try:
-                    progress.epoch(lane.run, lane.end_epoch(), lane.finished)
+                    row = lane.end_epoch()
+                    images = lane.taken * lane.run.recipe.batch
+                    progress.epoch(lane.run, row, images, lane.finished)
                 except NotFinite as error:
                     failures[lane.run.id] = error
                     continue
