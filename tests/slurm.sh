@@ -12,6 +12,7 @@ skip() { echo "SLURM test skipped: $*"; exit 0; }
 
 MARK="# written by tests/slurm.sh"
 RUN=$(mktemp -d)
+trap 'rm -rf "$RUN"' EXIT
 [ "$(id -u)" = 0 ] || skip "it installs packages, and so needs root."
 command -v apt-get >/dev/null || skip "there is no apt-get here."
 if [ -e /etc/slurm/slurm.conf ] && ! grep -q "$MARK" /etc/slurm/slurm.conf; then
@@ -90,12 +91,10 @@ done
 export KDLIB_HOME=$RUN/runs KDLIB_RESULTS=$RUN/results SNAKEMAKE_PROFILE=$RUN/profile
 timeout 900 ./run_all.sh --executor slurm --only book/start_here,kr/figure2 ||
   { cat "$KDLIB_HOME/logs/snakemake.log" >&2; die "The graph failed on SLURM."; }
-jobs=$(squeue --states=all --noheader --format '%T %b' | sort | uniq -c)
-echo "Jobs that SLURM knows of, with what they asked for:"
-echo "$jobs"
-[ "$(squeue --states=COMPLETED --noheader | wc -l)" -eq 3 ] || die "Three jobs were expected."
-[ "$(squeue --states=COMPLETED --noheader --format %b | grep -c gpu)" -eq 2 ] ||
-  die "Two of them should have asked for a GPU."
+jobs=$(squeue --states=all --noheader --Format=state:12,tres-per-job:30)
+printf 'Jobs, and what they asked for:\n%s\n' "$jobs"
+[ "$(grep -c COMPLETED <<< "$jobs")" -eq 3 ] || die "Three completed jobs were expected."
+[ "$(grep -c gpu <<< "$jobs")" -eq 2 ] || die "Two of them should have asked for a GPU."
 for file in kr/figure2/figure.png scorecard.html; do
   [ -s "$KDLIB_RESULTS/smoke/$file" ] || die "$file was not made."
 done

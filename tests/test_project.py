@@ -95,5 +95,6 @@ def test_code_hash_notices_a_change_of_the_library(monkeypatch, tmp_path):
 
 
 def test_shell_scripts_parse():
-    for script in ("run_all.sh", "run_tests.sh", "workflow/environment.sh", ".ci/run"):
+    scripts = ("run_all.sh", "run_tests.sh", "workflow/environment.sh", "tests/slurm.sh", ".ci/run")
+    for script in scripts:
         assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
