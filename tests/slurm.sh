@@ -78,15 +78,17 @@ slurm-status-command: squeue
 slurm-init-seconds-before-status-checks: 20
 YAML
 
-install -d -o munge -g munge -m 755 /run/munge
-su -s /bin/sh munge -c /usr/sbin/munged
-slurmctld
-slurmd
-for _ in $(seq 80); do
-  [ "$(sinfo -h -o %T 2>/dev/null)" = idle ] && break
-  sleep 0.25
-done
-[ "$(sinfo -h -o %T)" = idle ] || { tail -n 20 "$RUN"/slurm*.log >&2; die "SLURM did not start."; }
+start() {
+  install -d -o munge -g munge -m 755 /run/munge &&
+    su -s /bin/sh munge -c /usr/sbin/munged && slurmctld && slurmd || return
+  for _ in $(seq 80); do
+    [ "$(sinfo -h -o %T 2>/dev/null)" != idle ] || return 0
+    sleep 0.25
+  done
+  return 1
+}
+start > "$RUN/start.log" 2>&1 ||
+  skip "SLURM does not start here ($(tail -qn 1 "$RUN"/start.log "$RUN"/slurm*.log | tail -n 1))"
 
 export KDLIB_HOME=$RUN/runs KDLIB_RESULTS=$RUN/results SNAKEMAKE_PROFILE=$RUN/profile
 timeout 900 ./run_all.sh --executor slurm --only book/start_here,kr/figure2 ||
