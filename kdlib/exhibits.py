@@ -26,6 +26,7 @@ from kdlib.profiles import Profile
 from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
+RECONSTRUCTED = "By a reconstruction: the paper's formulas are lost (`docs/decisions.md`, KR)."
 # Exhibits of the book itself: nothing is published to compare them with.
 OWN = ("book/start_here", "stc/cut", "search/control", "kr/figure2", "kr/ablation")
 PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "matplotlib", "scipy")
@@ -215,6 +216,8 @@ class Exhibit:
         about = self.provenance()
         if self.cells:
             warning = "" if self.profile.evidence or not self.used else f"\n**{NO_EVIDENCE}.**\n"
+            if any(verdict.reconstruction for verdict in self._verdicts):
+                warning += f"\n{RECONSTRUCTED}\n"
             title = f"# {self.name}, profile {self.profile.folder}, {about['data'] or 'no data'}\n"
             self._write("table.csv", self.long_table().to_csv(index=False), about)
             self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)

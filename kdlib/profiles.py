@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from kdlib import stand_ins
 from kdlib.data import canonical_name, label, split_name
 from kdlib.errors import UnknownName
 from kdlib.methods import KD, STC, CrossEntropy, GateSearch, Method
@@ -197,56 +198,6 @@ class Profile:
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
 
 
-# A MobileNetV2 is made for larger images than 8x8: ResNets of the same widths stand in for it
-# there, of more layers where it has the larger expansion ratio.
-SMALL_STUDENTS = {
-    f"mobilenetv2-t{expansion}-w{width}": f"resnet{depth}-x{width}"
-    for expansion, depth in ((4, 8), (6, 14), (8, 20), (10, 26))
-    for width in (0.35, 0.5, 0.75, 1.0)
-}
-
-# STC's pairs at half of their widths and fewer layers, or an eighth where they are four times as
-# wide: they fit each other where those of the paper do.
-SMALL_PAIRS = {
-    "resnet20": "resnet8-x0.5",
-    "resnet56": "resnet14-x0.5",
-    "resnet110": "resnet20-x0.5",
-    "wrn-16-1": "wrn-10-1-x0.5",
-    "wrn-16-2": "wrn-10-2-x0.5",
-    "wrn-40-1": "wrn-16-1-x0.5",
-    "wrn-46-4": "wrn-16-4-x0.125",
-    "vgg13": "vgg13-x0.125",
-}
-
-# The teacher of the student search with a quarter of its layers, and students of about a third of
-# its parameters or multiply-accumulates on 8x8 images, where there are such.
-SMALL_SEARCH = {
-    "densenet-bc-100-12": "densenet-bc-28-6",
-    "densenet-bc-50-12": "densenet-bc-16-5",
-    "densenet-bc-75-9": "densenet-bc-22-4",
-    "densenet-bc-100-7": "densenet-bc-28-3",
-    "resnet20-x0.96": "resnet8-x0.35",
-    "resnet44-x0.96": "resnet14-x0.35",
-    "vgg13-x0.16": "vgg13-x0.03",
-    "vgg13-x0.63": "vgg13-x0.11",
-    "googlenet-x0.2": "googlenet-x0.04",
-    "googlenet-x0.24": "googlenet-x0.05",
-    "shufflenetv2-x0.32": "shufflenetv2-x0.02",
-    "shufflenetv2-x1.48": "shufflenetv2-x0.18",
-    "mobilenetv2-x0.25": "mobilenetv2-x0.02",
-    "mobilenetv2": "mobilenetv2-x0.15",
-}
-
-# KR's pairs at half of their widths, its teachers with so many layers that they come in groups.
-SMALL_KR = {
-    "resnet26": "resnet20-x0.5",
-    "resnet8": "resnet8-x0.5",
-    "resnet8-x0.875": "resnet8-x0.44",
-    "resnet32": "resnet26-x0.5",
-    "resnet14": "resnet14-x0.5",
-    "resnet14-x0.9375": "resnet14-x0.47",
-}
-
 PROFILES = {
     "smoke": Profile(
         name="smoke",
@@ -254,13 +205,7 @@ PROFILES = {
         length=1 / 20,
         seeds=(0, 1),
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models={
-            "resnet50": "resnet14",
-            **SMALL_STUDENTS,
-            **SMALL_PAIRS,
-            **SMALL_SEARCH,
-            **SMALL_KR,
-        },
+        models=stand_ins.SMOKE,
         images=1000,
         repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
         axis=2,

@@ -7,6 +7,7 @@ from scipy import stats
 
 from kdlib import claims
 from kdlib.claims import interval, judge, paper_cells
+from kdlib.exhibits import worded
 from kdlib.scorecard import PAPERS
 
 NOT_RUN = {}
@@ -403,3 +404,37 @@ def test_without_runs_nothing_is_judged():
     told = [v for name in exhibits for v in judge(name, {}, faithful=True)]
     assert {v.verdict for v in told} == {"not run"}
     assert {v.id for v in told} >= {c["id"] for c in CLAIMS if c["kind"] != "value"}
+
+
+# --- reconstructions ------------------------------------------------------------------------------
+
+
+def test_what_is_claimed_of_a_reconstruction_is_of_the_direction_only():
+    cells = {("none", "mean_loss"): {0: 3.0, 1: 3.1}, ("sparse", "mean_loss"): {0: 1.0, 1: 1.1}}
+    (verdict,) = [
+        v for v in judge("kr/figure5", cells, faithful=True) if v.id.endswith("faster-than-none")
+    ]
+    assert verdict.reconstruction
+    assert verdict.verdict == "direction only"
+    assert verdict.low > 0
+    assert worded(verdict) == "reconstruction, direction only: as claimed"
+
+
+def test_rows_and_counts_beside_a_reconstruction_are_judged():
+    cells = {
+        ("Teacher", "accuracy"): {0: 91.9, 1: 91.91, 2: 91.92},
+        ("KR", "accuracy"): {0: 90.6, 1: 90.65, 2: 90.7},
+        ("FitNet", "params"): {None: 0.08},
+        ("KR", "params"): {None: 0.06},
+    }
+    verdicts = {v.id.removeprefix("kr/table1/"): v for v in judge("kr/table1", cells, True)}
+    assert verdicts["value-accuracy/Teacher"].verdict == "reproduced"
+    assert not verdicts["value-accuracy/Teacher"].reconstruction
+    assert verdicts["value-accuracy/KR"].verdict == "direction only"
+    assert verdicts["fewer-params-than-fitnet"].verdict == "supported"
+
+
+def test_no_value_of_the_calibrated_data_is_evidence():
+    cells = {("Teacher", "accuracy"): {0: 61.2, 1: 61.25, 2: 61.3}}
+    verdicts = {v.id: v for v in judge("kr/table4", cells, faithful=True)}
+    assert verdicts["kr/table4/value-accuracy/Teacher"].verdict == "direction only"

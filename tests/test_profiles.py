@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdlib import KD, STC, CrossEntropy, build_model, load_data
+from kdlib import KD, STC, CrossEntropy, build_model, load_data, stand_ins
 from kdlib.errors import UnknownName
 from kdlib.methods import AttentionTransfer, OneStage
-from kdlib.profiles import FOLLOWED, PROFILES, RCO_ROUTE, SMALL_PAIRS, Profile, open_profile
+from kdlib.profiles import FOLLOWED, PROFILES, RCO_ROUTE, Profile, open_profile
 
 SMALL = Profile(
     name="small",
@@ -315,9 +315,9 @@ def test_small_pairs_are_smaller_than_those_of_the_paper_and_keep_their_order():
         with torch.device("meta"):
             return sum(p.numel() for p in build_model(name, 10).parameters())
 
-    for paper, small in SMALL_PAIRS.items():
+    for paper, small in stand_ins.PAIRS.items():
         assert params(small) < 0.5 * params(paper)
-    assert {name for pair in STC_PAIRS for name in pair} == SMALL_PAIRS.keys()
+    assert {name for pair in STC_PAIRS for name in pair} == stand_ins.PAIRS.keys()
     for student, teacher in STC_PAIRS:
         assert PROFILES["smoke"].model(student) != PROFILES["smoke"].model(teacher)
 
