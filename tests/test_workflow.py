@@ -134,6 +134,13 @@ def test_parameters_arrive_typed(tmp_path):
     assert output.exists()
 
 
+def test_an_executed_copy_does_not_tell_where_it_was_made(tmp_path):
+    notebook = small_notebook(tmp_path / "a.ipynb", "seeds = None", "pass")
+    output = tmp_path / "out" / "a.ipynb"
+    execute.execute(notebook, output, {})
+    assert str(tmp_path) not in output.read_text()
+
+
 def test_unknown_parameters_are_refused(tmp_path):
     notebook = small_notebook(tmp_path / "a.ipynb", "seeds = None")
     with pytest.raises(ValueError, match="no parameter sede"):

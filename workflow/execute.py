@@ -48,9 +48,13 @@ def execute(notebook: Path, output: Path, parameters: dict) -> float:
             start_timeout=180,
             config=Config({"KernelManager": transport}),
         )
-    about = nbformat.read(failed, as_version=4).metadata.papermill
+    content = nbformat.read(failed, as_version=4)
+    about = content.metadata.papermill
     if about.get("end_time") is None or about.get("exception"):
         raise RuntimeError(f"{notebook.name} did not run to its end.")
+    # Copies are committed: where they lay on this machine is nobody's business.
+    about.update(input_path=notebook.name, output_path=output.name)
+    nbformat.write(content, failed)
     os.replace(failed, output)
     return time.monotonic() - started
 
