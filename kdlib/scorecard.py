@@ -216,7 +216,8 @@ img {{ max-width: 100% }}
 <p>Every claim of the four papers, written down before the runs were made, and what our runs say of
 it. Verdicts are computed: values are <i>reproduced</i> where the whole 95&nbsp;% interval lies
 within the tolerance, gaps are <i>supported</i> where it lies on the claimed side. <i>Direction
-only</i>: the profile, the data set or, where the paper's text lost it, the method is not the paper's.</p>
+only</i>: the profile, the data set or, where the text has lost it, the method is not the
+paper's.</p>
 {counts}
 <img alt="{alt}" src="data:image/png;base64,{picture}">
 {sections}
