@@ -51,6 +51,8 @@ for name in EXHIBITS:
             keep_route=os.environ.get("KDLIB_KEEP_ROUTE", "1"),
             command=command(name, profile=PROFILE, data=DATA),
             progress=HOME / "logs" / FOLDER / (name.replace("/", "-") + ".log"),
+        # The longest first, or it would run alone in the end.
+        priority: ALL[name].seconds(PROFILE)
         threads: int(config.get("threads", 1))
         resources: gpu=1
         shell:

@@ -6,29 +6,36 @@ turns (A B C, A B C, …), a ratio is taken within a round, and its median and r
 
 import argparse
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from kdlib.engine.device import environment, pick_device, training_dtype
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BY_CPU_TIME = ", by CPU time"
 MARKER = "<!-- results -->"
 
 
-def arguments(doc: str) -> argparse.Namespace:
-    """The options that every program takes; ``device`` comes back as a torch device."""
+def arguments(doc: str, **own: dict) -> argparse.Namespace:
+    """The options that every program takes, and its own; ``device`` becomes a torch device."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the CSVs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for CSVs and pictures")
     parser.add_argument("--write", action="store_true", help="put the CSVs' tables into README.md")
+    for name, settings in own.items():
+        parser.add_argument(f"--{name}", **settings)
     options = parser.parse_args()
     options.device = pick_device(options.device)
     return options
@@ -61,23 +68,26 @@ def compare(
     contenders: dict[str, Callable[[], Turn]],
     ratios: dict[tuple[str, str], float | None],
     options: argparse.Namespace,
+    speeds: Mapping[str, float | None] = MappingProxyType({}),
 ) -> Iterator[dict]:
     """One row per quantity and round: images/s of the contenders in turn, and their ratios.
 
     Args:
         ratios: (faster, slower) and the least value that the project aims at.
+        speeds: contenders and the least images/s that it aims at.
     """
     for k in range(options.rounds):
         turns = {}
         for name, run in contenders.items():
             turns[name] = run()
-            yield row(case, f"{name}, images/s", turns[name].images / turns[name].wall, k)
+            speed = turns[name].images / turns[name].wall
+            yield row(case, f"{name}, images/s", speed, k, speeds.get(name))
         for (fast, slow), target in ratios.items():
             a, b = turns[fast], turns[slow]
             share = a.images / b.images
             yield row(case, f"{fast} / {slow}", share * b.wall / a.wall, k, target)
             if options.device.type == "cpu":
-                yield row(case, f"{fast} / {slow}, by CPU time", share * b.cpu / a.cpu, k)
+                yield row(case, f"{fast} / {slow}{BY_CPU_TIME}", share * b.cpu / a.cpu, k)
 
 
 def row(case: str, quantity: str, value: float, k: int = 0, target: float | None = None) -> dict:
@@ -97,15 +107,37 @@ def report(program: str, rows: list[dict], options: argparse.Namespace) -> None:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """Median and range over the rounds, a line per quantity."""
-    lines = ["| case | quantity | median | range | target |", "|---|---|--:|--:|--:|"]
-    for (case, quantity), group in table.groupby(["case", "quantity"], sort=False):
-        value, target = group.value, group.target.iloc[0]
-        spread = f"{short(value.min())} – {short(value.max())}" if len(group) > 1 else ""
-        aim = "" if pd.isna(target) else f"≥ {target:g}"
-        aim += ", missed" if value.median() < target else ""
-        lines.append(f"| {case} | {quantity} | {short(value.median())} | {spread} | {aim} |")
-    return "\n".join(lines)
+    """Cases against quantities: median, range over the rounds, what was aimed at.
+
+    What is by CPU time stays in the CSV. The shorter axis goes across.
+    """
+    table = table[~table.quantity.str.endswith(BY_CPU_TIME)]
+    cells = {
+        key: _cell(group.value, group.target.iloc[0])
+        for key, group in table.groupby(["case", "quantity"], sort=False)
+    }
+    cases, quantities = (list(dict.fromkeys(table[name])) for name in ("case", "quantity"))
+    rows, columns, key = quantities, cases, lambda row, column: (column, row)
+    if len(cases) > len(quantities):
+        rows, columns, key = cases, quantities, lambda row, column: (row, column)
+    lines = [["", *columns], ["---", *["--:"] * len(columns)]]
+    lines += [[row, *(cells.get(key(row, column), "") for column in columns)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(values: pd.Series, target: float) -> str:
+    text = short(values.median())
+    if len(values) > 1:
+        text += f" ({short(values.min())} – {short(values.max())})"
+    if pd.isna(target):
+        return text
+    return f"{text}, {'aim' if values.median() >= target else '**missed**:'} ≥ {short(target)}"
+
+
+def save_picture(program: str, figure: Figure, options: argparse.Namespace) -> None:
+    """A program's picture, beside its CSV."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out / f"{program}-{options.device.type}.png", dpi=150)
 
 
 def short(value: float) -> str:
@@ -117,13 +149,15 @@ def short(value: float) -> str:
 
 
 def fill_readme(out: Path) -> None:
-    """Replace what stands between the README's markers by the tables of all CSVs in ``out``."""
+    """Replace what stands between the README's markers by all CSVs and pictures in ``out``."""
     sections = []
     for path in sorted(out.glob("*.csv")):
         table = pd.read_csv(path)
         program, _, device = path.stem.partition("-")
         head = f"`python -m benchmarks.{program} --device {device}` on {table.machine.iloc[0]}:"
-        sections.append(f"{head}\n\n{as_markdown(table)}")
+        sections.append(f"**{program}**: {head}\n\n{as_markdown(table)}")
+        if (picture := path.with_suffix(".png")).exists():
+            sections.append(f"![{program}]({os.path.relpath(picture, HERE)})")
     readme = HERE / "README.md"
     before, _, after = readme.read_text().split(MARKER)
     readme.write_text("\n\n".join([before + MARKER, *sections, MARKER + after]))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import arguments, compare, report, row
-from benchmarks.training import RECIPE, lane_turn, noise_folder, save_untrained
+from benchmarks.training import RECIPE, lanes_turn, noise_folder, save_untrained
 from kdlib import STC, Run, load_data
 from kdlib.engine.bank import Shelf
 from kdlib.engine.lane import Lane
@@ -62,9 +62,9 @@ def run_pair(student: str, teacher: str, options: argparse.Namespace) -> list[di
         naive, frozen = (Lane(run, images, test, Shelf()) for _ in range(2))
         naive.teachers.live.requires_grad_(True)
         contenders = {
-            "naive": lambda: lane_turn(naive, 1, cold=True),
-            "frozen": lambda: lane_turn(frozen, 1, cold=True),
-            "warm": lambda: lane_turn(frozen, 1, cold=False),
+            "naive": lambda: lanes_turn([naive], 1, cold=True),
+            "frozen": lambda: lanes_turn([frozen], 1, cold=True),
+            "warm": lambda: lanes_turn([frozen], 1, cold=False),
         }
         ratios = {("frozen", "naive"): None, ("warm", "naive"): None}
         rows = list(compare(name, contenders, ratios, options))

@@ -1,6 +1,9 @@
-"""The field's usual code, which kdlib is measured beside: PIL pipeline and distillation loop."""
+"""What kdlib is measured beside: the field's PIL pipeline and its distillation loop."""
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torchvision.transforms import functional as TF
 from benchmarks import Turn, timed
 from kdlib import Run, build_model, store
 from kdlib.data import Images
+from kdlib.engine.device import half_precision, training_dtype
 from kdlib.engine.plan import mix
 
 
@@ -28,13 +32,18 @@ class PilData(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+        return self.transform(as_pil(self.pixels[index])), self.labels[index]
 
 
 def augmentation(images: Images) -> Compose:
     """The transforms that draw what a view stands for."""
     crop = RandomCrop(images.size, padding=images.pad)
-    return Compose([crop, RandomHorizontalFlip(), ToTensor(), Normalize(images.mean, images.std)])
+    flip = [RandomHorizontalFlip()] if images.flip else []
+    return Compose([crop, *flip, ToTensor(), Normalize(images.mean, images.std)])
+
+
+def as_pil(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.squeeze())
 
 
 def unpadded(images: Images) -> np.ndarray:
@@ -47,54 +56,136 @@ def by_torchvision(images: Images, index: Tensor, view: Tensor) -> Tensor:
     pixels, batch = unpadded(images), []
     for i, v in zip(index.tolist(), view.tolist(), strict=True):
         dy, dx = v // images.offsets % images.offsets, v % images.offsets
-        image = TF.pad(Image.fromarray(pixels[i]), images.pad)
+        image = TF.pad(as_pil(pixels[i]), images.pad)
         image = TF.crop(image, dy, dx, images.size, images.size)
         image = TF.hflip(image) if v >= images.offsets**2 else image
         batch.append(TF.normalize(TF.to_tensor(image), images.mean, images.std))
     return torch.stack(batch).to(images.device)
 
 
+class Style(NamedTuple):
+    """What a loop does for speed.
+
+    Attributes:
+        modern: half precision where the device has it, channels_last, no waiting for the device.
+        resident: the images on the device, cropped and flipped there.
+        compiled: student and teacher by ``torch.compile``.
+    """
+
+    modern: bool = False
+    resident: bool = False
+    compiled: bool = False
+
+
 class FieldLoop:
-    """Distillation as the field's code bases train it: float32, contiguous, a live teacher."""
+    """Distillation with a live teacher in every step, as the field's code bases train.
 
-    def __init__(self, run: Run, images: Images, warm_up: int):
-        self.device, self.temperature = images.device, run.method.temperature
-        self.student = build_model(run.model, images.classes, seed=mix("weights", run.seed))
-        self.student.to(self.device).train()
-        self.teacher = store.load_checkpoint(*run.method.labeller(0))[0].to(self.device).eval()
-        recipe = run.recipe
-        self.optimizer = torch.optim.SGD(
-            self.student.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+    Args:
+        run: student, recipe and teacher.
+        warm_up: steps before a turn's time is taken.
+        steps: of a turn.
+    """
+
+    def __init__(self, run: Run, images: Images, warm_up: int, steps: int, style: Style):
+        self.device, self.style, self.recipe = images.device, style, run.recipe
+        self.temperature, self.images = run.method.temperature, images
+        self.student = build_model(
+            run.model, images.classes, images.channels, seed=mix("weights", run.seed)
         )
-        workers = 8 if self.device.type == "cuda" else 2
-        self.loader = DataLoader(PilData(images), recipe.batch, shuffle=True, num_workers=workers)
-        self.warm_up, self.count = warm_up, len(images) // recipe.batch - warm_up
+        self.teacher = store.load_checkpoint(*run.method.labeller(0))[0].eval()
+        layout = torch.channels_last if style.modern else torch.contiguous_format
+        for network in (self.student.train(), self.teacher):
+            network.to(self.device, memory_format=layout)
+        self.called = [self.student, self.teacher]
+        if style.compiled:
+            self.called = [torch.compile(network, dynamic=False) for network in self.called]
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            self.recipe.lr,
+            self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
+        )
+        dtype = training_dtype(self.device) if style.modern else torch.float32
+        self.half = partial(half_precision, self.device, dtype)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        self.loader = None if style.resident else self._pil_loader()
+        self.warm_up, self.count = warm_up, steps
+        self.meter = torch.zeros(2, device=self.device)
 
-    def step(self, x: Tensor, labels: Tensor) -> float:
-        x, labels = x.to(self.device), labels.to(self.device)
-        logits = self.student(x)
-        with torch.no_grad():
-            taught = self.teacher(x)
-        student = F.log_softmax(logits / self.temperature, dim=1)
-        teacher = F.softmax(taught / self.temperature, dim=1)
-        kl = F.kl_div(student, teacher, reduction="batchmean")
+    def _pil_loader(self) -> DataLoader:
+        gpu = self.device.type == "cuda"
+        return DataLoader(
+            PilData(self.images),
+            self.recipe.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=8 if gpu else 2,
+            pin_memory=self.style.modern and gpu,
+        )
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches until the images are used up."""
+        if self.loader:
+            yield from self.loader
+            return
+        order = torch.randperm(len(self.images), device=self.device)
+        view = torch.randint(self.images.views, order.shape, device=self.device)
+        for index, v in zip(*(t.split(self.recipe.batch) for t in (order, view)), strict=True):
+            if len(index) == self.recipe.batch:
+                yield self.images.batch(index, v), self.images.labels[index]
+
+    def step(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Loss and accuracy of a batch before its update."""
+        layout = torch.channels_last if self.style.modern else torch.contiguous_format
+        x = x.to(self.device, non_blocking=self.style.modern, memory_format=layout)
+        labels = labels.to(self.device, non_blocking=self.style.modern)
+        student, teacher = self.called
+        with self.half():
+            logits = student(x)
+            with torch.no_grad():
+                taught = teacher(x)
+        logits, taught = logits.float(), taught.float()
+        kl = F.kl_div(
+            F.log_softmax(logits / self.temperature, dim=1),
+            F.softmax(taught / self.temperature, dim=1),
+            reduction="batchmean",
+        )
         loss = F.cross_entropy(logits, labels) + self.temperature**2 * kl
-        value, self.top1 = loss.item(), (logits.argmax(1) == labels).float().mean().item()
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return value
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        told = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        if self.style.modern:
+            self.meter += told
+        else:
+            told.tolist()  # as ``loss.item()`` does: the host waits for every step
+        return told
 
-    def steps(self, batches) -> None:
-        for x, labels in batches:
-            self.step(x, labels)
+    def steps(self, count: int) -> None:
+        while count:
+            for x, labels in islice(self.batches, count):
+                self.step(x, labels)
+                count -= 1
+            if count:
+                self.batches = self.epoch()
 
     def turn(self) -> Turn:
-        """An epoch, timed after its first steps; the workers' start is not in the time."""
+        """Some steps, timed after the first; the workers' start is not in the time."""
+        before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True  # as the field's scripts do
-        batches = iter(self.loader)
-        self.steps(islice(batches, self.warm_up))
-        images = self.count * self.loader.batch_size
-        turn = timed(lambda: self.steps(islice(batches, self.count)), images, self.device)
-        torch.backends.cudnn.benchmark = False
+        self.batches = self.epoch()
+        self.steps(self.warm_up)
+        images = self.count * self.recipe.batch
+        turn = timed(lambda: self.steps(self.count), images, self.device)
+        torch.backends.cudnn.benchmark = before
         return turn
+
+    def train(self, epochs: int) -> None:
+        """Whole epochs, the rate following the recipe."""
+        for epoch in range(epochs):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.lr_at(epoch)
+            self.student.train()
+            for x, labels in self.epoch():
+                self.step(x, labels)

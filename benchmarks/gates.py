@@ -13,11 +13,12 @@ import argparse
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import arguments, compare, report, row
 from benchmarks.collaboration import step_bytes
-from benchmarks.training import RECIPE, lane_turn, noise_folder, save_untrained
+from benchmarks.training import RECIPE, lanes_turn, noise_folder, save_untrained
 from kdlib import KD, GateSearch, Run, load_data
 from kdlib.engine.bank import Shelf
 from kdlib.engine.lane import Lane
@@ -61,7 +62,7 @@ def run_network(name: str, options: argparse.Namespace) -> list[dict]:
             for which, m in methods.items()
         }
         contenders = {
-            which: lambda lane=lane: lane_turn(lane, 1, cold=False) for which, lane in lanes.items()
+            which: partial(lanes_turn, [lane], 1, cold=False) for which, lane in lanes.items()
         }
         ratios = {("weights", "plain"): None, ("weights", "inputs"): None}
         rows = list(compare(name, contenders, ratios, options))

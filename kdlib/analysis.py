@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import KernelPCA
 from torch import Tensor, nn
 
 from kdlib import losses, store
@@ -76,6 +75,8 @@ def trajectories(*several: Trained) -> pd.DataFrame:
     The principal components are those of the stacked epochs of all runs; they come from the Gram
     matrix, so that memory holds the trajectories once and nothing of their size beside them.
     """
+    from sklearn.decomposition import KernelPCA  # half a second, in one figure of the book
+
     gram = _gram(several)
     pca = KernelPCA(n_components=2, kernel="precomputed", eigen_solver="dense")
     plane = pca.fit_transform(gram)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -194,6 +193,8 @@ def pareto(cost: pd.Series, error: pd.Series) -> list[str]:
 
 def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
     """Drop rates of every block of a DenseNet: connections, bottlenecks, transition."""
+    import seaborn  # almost a second, in one figure of the book
+
     blocks = list(blocks)
     grid = figure.subplots(3, len(blocks), gridspec_kw={"height_ratios": (8, 1, 1)}, squeeze=False)
     look = {"vmin": 0, "vmax": 1, "cmap": "cividis_r", "linewidths": 0.4, "linecolor": "white"}

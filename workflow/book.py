@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORECARD = "book/scorecard"
+UNITS = {"min": 60, "h": 3600, "day": 86_400}
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Notebook:
     exhibit: str
     title: str
     cost: dict[str, str]
+
+    def seconds(self, profile: str) -> int:
+        """About what its cost says; 0 where that names no time, as in "the same"."""
+        time = rf"(under )?(\d+|a|two) ({'|'.join(UNITS)})"
+        if not (found := re.search(time, self.cost[profile])):
+            return 0
+        under, number, unit = found.groups()
+        seconds = UNITS[unit] * ({"a": 1, "two": 2}.get(number) or int(number))
+        return seconds // 2 if under else seconds
 
 
 def notebooks() -> list[Notebook]:

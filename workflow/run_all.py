@@ -33,7 +33,9 @@ examples:
 
 Everything finished is kept, so an interrupted call goes on where it stopped. KDLIB_HOME names the
 store of weights (default runs/), KDLIB_RESULTS the results (default results/), KDLIB_VENV the
-environment (default .venv).
+environment (default .venv). KDLIB_LANES is what --lanes sets. On a GPU, KDLIB_COMPILE = never or
+always overrules when students are compiled (auto: runs of 50,000 steps or more), and
+KDLIB_DETERMINISTIC = 1 takes the same kernels in every run: slower, two runs agree in every bit.
 """
 
 
@@ -54,6 +56,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="notebooks at a time (default: by cores or GPUs)")
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument(
+        "--lanes", type=int, metavar="N",
+        help="students side by side in a notebook (default: one on a CPU, on a GPU as many as "
+        "memory and measured speed allow)",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-route", type=int, metavar="N",
         help="of a teacher whose route is learned from keep only every N-th of the paper's epochs, "
         "besides every tenth (default 1: all); Table 6 loses gaps that are not kept, greedy search "
@@ -65,10 +72,12 @@ def parse() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     arguments.data = dict(_pair(parser, text) for text in arguments.data)
-    if arguments.keep_route is not None:  # for the notebooks, wherever they run
-        if arguments.keep_route < 1:
-            parser.error(f"--keep-route {arguments.keep_route}: it takes 1 or more epochs.")
-        os.environ["KDLIB_KEEP_ROUTE"] = str(arguments.keep_route)
+    for option in ("lanes", "keep_route"):  # for the notebooks, wherever they run
+        if (number := getattr(arguments, option)) is None:
+            continue
+        if number < 1:
+            parser.error(f"--{option.replace('_', '-')} {number}: it takes 1 or more.")
+        os.environ[f"KDLIB_{option.upper()}"] = str(number)
     try:
         arguments.book = _checked(arguments)
     except (KdlibError, ValueError) as error:

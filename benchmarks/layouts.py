@@ -1,0 +1,150 @@
+"""How a network lies in memory, and at which precision it computes, in images/s.
+
+- channels_last: weights and activations with their channels last;
+- contiguous: with their channels before height and width, PyTorch's default;
+- autocast, on a CPU: channels_last, the network in bfloat16 by ``torch.autocast``;
+- bf16 convolutions, on a CPU: channels_last, all in float32 but the products of convolutions.
+
+"step" is forward pass, backward pass and update at batch 64, "forward" an evaluation of 64 images,
+both with the images on the device. Images are of CIFAR's size, of MNIST's or of the digits'.
+"Gradient" is how far a contender's first step is from that of channels_last: the norm of the
+difference over the norm. Threads are torch's own: with OMP_NUM_THREADS=1, one.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import Turn, arguments, compare, report, row, timed
+from kdlib import build_model
+from kdlib.engine.device import keep_large_blocks, training_dtype
+
+BATCH, CLASSES = 64, 100
+# By the side of the images: one of every family; of what smoke trains, some.
+NETWORKS = {
+    32: (
+        *("mobilenetv2-t6-w0.5", "shufflenetv2-x0.32", "resnet20", "wrn-16-1", "vgg13-x0.16"),
+        *("densenet-bc-50-12", "googlenet-x0.2"),
+    ),
+    28: ("lenet",),
+    8: ("mobilenetv2-x0.15", "resnet8-x0.5", "densenet-bc-28-6"),
+}
+TEACHERS = {32: ("resnet50",)}  # evaluated alone: a step would take seconds
+SECONDS = 0.2  # a turn takes about as long
+
+
+class Setting(NamedTuple):
+    """A contender: a layout, what autocast casts to, and the precision of float32 convolutions."""
+
+    layout: torch.memory_format
+    cast: torch.dtype | None = None
+    convolutions: str = "none"
+
+    @contextlib.contextmanager
+    def convolving(self) -> Iterator[None]:
+        before = torch.backends.mkldnn.conv.fp32_precision
+        torch.backends.mkldnn.conv.fp32_precision = self.convolutions
+        yield
+        torch.backends.mkldnn.conv.fp32_precision = before
+
+
+def settings(device: torch.device) -> dict[str, Setting]:
+    cast = training_dtype(device) if device.type == "cuda" else None
+    found = {
+        "channels_last": Setting(torch.channels_last, cast),
+        "contiguous": Setting(torch.contiguous_format, cast),
+    }
+    if device.type == "cpu":
+        found["autocast"] = Setting(torch.channels_last, torch.bfloat16)
+        found["bf16 convolutions"] = Setting(torch.channels_last, convolutions="bf16")
+    return found
+
+
+class Contender:
+    """A network that does one thing again and again, with the same images."""
+
+    def __init__(self, name: str, side: int, setting: Setting, device: torch.device):
+        self.setting, self.device = setting, device
+        channels = 3 if side == 32 else 1
+        self.network = build_model(name, CLASSES, channels, seed=0)
+        self.network.to(device, memory_format=setting.layout)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(BATCH, channels, side, side, generator=generator)
+        self.x = x.to(device, memory_format=setting.layout)
+        self.labels = torch.randint(CLASSES, (BATCH,), generator=generator).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True
+        )
+        self.repeats = {}
+
+    def logits(self) -> Tensor:
+        with torch.autocast(self.device.type, self.setting.cast, self.setting.cast is not None):
+            return self.network(self.x)
+
+    def gradient(self) -> Tensor:
+        """Of the loss, by all parameters."""
+        with self.setting.convolving():
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.logits().float(), self.labels).backward()
+        return torch.cat([p.grad.flatten().float() for p in self.network.parameters()])
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.logits().float(), self.labels).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.logits()
+
+    def turn(self, work: str) -> Turn:
+        """``step`` or ``forward``, for some time."""
+        self.network.train(work == "step")
+        once = getattr(self, work)
+        with self.setting.convolving():
+            if work not in self.repeats:
+                once()
+                single = timed(once, BATCH, self.device)
+                self.repeats[work] = max(1, round(SECONDS / single.wall))
+            repeats = self.repeats[work]
+            return timed(lambda: [once() for _ in range(repeats)], repeats * BATCH, self.device)
+
+
+def run_network(name: str, side: int, works: tuple, options: argparse.Namespace) -> list[dict]:
+    case = f"{name}, {side}x{side}"
+    known = settings(options.device)
+    contenders = {n: Contender(name, side, s, options.device) for n, s in known.items()}
+    rows = []
+    if "step" in works:
+        gradients = {n: c.gradient() for n, c in contenders.items()}
+        exact = gradients.pop("channels_last")
+        for other, gradient in gradients.items():
+            off = (gradient - exact).norm() / exact.norm()
+            rows.append(row(case, f"gradient, {other}", off.item()))
+    ratios = {(other, "channels_last"): None for other in known if other != "channels_last"}
+    for work in works:
+        turns = {n: partial(c.turn, work) for n, c in contenders.items()}
+        rows += compare(f"{case}, {work}", turns, ratios, options)
+    return rows
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    keep_large_blocks()
+    torch.set_flush_denormal(True)
+    rows = []
+    for networks, works in ((NETWORKS, ("step", "forward")), (TEACHERS, ("forward",))):
+        for side, names in networks.items():
+            for name in names:
+                rows += run_network(name, side, works, options)
+    report("layouts", rows, options)
+
+
+if __name__ == "__main__":
+    main()

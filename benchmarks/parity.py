@@ -1,0 +1,83 @@
+"""Accuracy after as many epochs: that speed is not bought with quality.
+
+P0, the field's loop, and kdlib train the same student from the same weights, by the same recipe,
+with the same teacher, on the same images; crops and flips are drawn by each in its own way. One
+student a seed; the teacher, which kdlib trains, is one for all. "kdlib − P0" is the difference of
+their test accuracies seed by seed, in percentage points: its 95 % t-interval should contain zero.
+
+``--data`` takes a data set of kdlib or ``folder:PATH`` ({train,test}/<class>/*.png or .jpg).
+"""
+
+import argparse
+import os
+import tempfile
+
+import torch
+
+from benchmarks import arguments, report, row, timed
+from benchmarks.field import FieldLoop, Style
+from kdlib import KD, Recipe, Run, load_data, train
+from kdlib.claims import interval
+from kdlib.data import Images
+from kdlib.engine.device import prepare
+
+# By the side of the images: student, teacher.
+PAIRS = {8: ("resnet8-x0.5", "resnet14"), 32: ("resnet20", "resnet56")}
+
+
+@torch.no_grad()
+def accuracy(network: torch.nn.Module, test: Images) -> float:
+    """In %, on the images themselves."""
+    index = torch.arange(len(test), device=test.device)
+    hits = [
+        (network.eval()(test.batch(part)).argmax(1) == test.labels[part]).sum()
+        for part in index.split(500)
+    ]
+    return 100 * sum(hits).item() / len(test)
+
+
+def run_seeds(options: argparse.Namespace) -> list[dict]:
+    images, test = (load_data(options.data, split, options.device) for split in ("train", "test"))
+    images = images.first(options.images)
+    student, teacher = PAIRS[images.size]
+    milestones = (options.epochs // 2, 3 * options.epochs // 4)
+    recipe = Recipe(options.epochs, batch=64, lr=0.05, milestones=milestones)
+    taught = Run(options.data, teacher, recipe, images=options.images)
+    case = f"{student} ← {teacher}, {images.name}, {len(images):,} images, {options.epochs} epochs"
+    best = train([taught], options.device, weights=True)[0].final["test_top1"]
+    rows, differences = [row(case, "teacher, accuracy in %", best)], []
+    for seed in range(options.seeds):
+        run = Run(options.data, student, recipe, KD(taught), seed=seed, images=options.images)
+        field = FieldLoop(run, images, 0, 0, Style())
+        count = len(images) * options.epochs
+        theirs = timed(lambda: field.train(options.epochs), count, options.device)  # noqa: B023
+        ours = timed(lambda: train([run], options.device), count, options.device)  # noqa: B023
+        accuracies = {
+            "P0": accuracy(field.student, test),
+            "kdlib": train([run])[0].final["test_top1"],
+        }
+        rows += [row(case, f"{n}, accuracy in %", a, seed) for n, a in accuracies.items()]
+        differences.append(accuracies["kdlib"] - accuracies["P0"])
+        rows.append(row(case, "kdlib − P0, points", differences[-1], seed))
+        rows.append(row(case, "speed of the whole run, kdlib / P0", theirs.wall / ours.wall, seed))
+    for end, value in zip(("lower", "upper"), interval(differences), strict=True):
+        rows.append(row(case, f"kdlib − P0, points, {end} end of the mean's 95 % interval", value))
+    return rows
+
+
+def main() -> None:
+    options = arguments(
+        __doc__,
+        data={"default": "digits", "help": "digits by default"},
+        images={"type": int, "help": "train on so many; all by default"},
+        epochs={"type": int, "default": 12},
+        seeds={"type": int, "default": 5},
+    )
+    prepare(options.device)
+    with tempfile.TemporaryDirectory() as root:
+        os.environ |= {"KDLIB_HOME": f"{root}/runs", "KDLIB_PROGRESS": "quiet"}
+        report("parity", run_seeds(options), options)
+
+
+if __name__ == "__main__":
+    main()
