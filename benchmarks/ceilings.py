@@ -1,7 +1,8 @@
 """What the machine can do at best: bytes/s, FLOP/s, and the time of one small kernel.
 
 - copy: a tensor much larger than any cache, its bytes counted twice, read and written;
-- matmul: square matrices in the precision in which networks train there, 2 n³ FLOPs;
+- arithmetic: the faster of a product of square matrices and a 3x3 convolution of many channels,
+  since different libraries do them, in the precision in which networks train there;
 - node: one of a thousand additions to a tiny tensor, each of which needs the one before. On a GPU
   a node of a replayed CUDA graph; on a CPU what the host takes to call an operation.
 """
@@ -13,10 +14,14 @@ import torch
 
 from benchmarks import arguments, report, row, timed
 from kdlib.engine.device import training_dtype
+from kdlib.models.staged import conv
 
-# Elements of the copied float32 tensor, side of the matrices: what takes milliseconds at least.
+# What takes milliseconds at least: elements of the copied float32 tensor, side of the matrices,
+# images and their height and width for the convolution.
 COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}
 SIDE = {"cpu": 1024, "cuda": 8192}
+CONVOLVED = {"cpu": (64, 4), "cuda": (1024, 16)}
+CHANNELS = 512
 NODES = 1000
 REPEATS = 5
 
@@ -49,7 +54,7 @@ def rows_of(measured: list[Ceilings], device: torch.device) -> list[dict]:
     for k, ceilings in enumerate(measured):
         rows += [
             row("machine", "copy, GB/s", ceilings.bytes_per_s / 1e9, k),
-            row("machine", f"matmul in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
+            row("machine", f"arithmetic in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
             row("machine", "node, µs", ceilings.node_s * 1e6, k),
         ]
     return rows
@@ -67,6 +72,18 @@ def _multiplying(device: torch.device) -> float:
     a, b = torch.randn(2, side, side, device=device).to(training_dtype(device))
     product = torch.empty_like(a)
     return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=product), device)
+
+
+@torch.no_grad()
+def _convolving(device: torch.device) -> float:
+    images, size = CONVOLVED[device.type]
+    convolution = conv(CHANNELS, CHANNELS, 3).to(device, training_dtype(device))
+    convolution.to(memory_format=torch.channels_last)
+    x = torch.randn(images, CHANNELS, size, size, device=device).to(
+        training_dtype(device), memory_format=torch.channels_last
+    )
+    multiplied = images * size**2 * convolution.weight.numel()
+    return 2 * multiplied / _fastest(lambda: convolution(x), device)
 
 
 def _chain(device: torch.device) -> Callable[[], None]:

@@ -1,26 +1,32 @@
 """How close training comes to what the machine allows: images/s against a bound, and a picture.
 
-The bound is the slowest of three: arithmetic at the speed of a large matrix product, the bytes of
-all operations at the speed of a copy, all kernels one after the other. ``ceilings`` measures these
-speeds, ``bounds`` counts the work; of each ceiling the best round counts. Nobody reaches all of a
-bound: thin convolutions leave most of a matrix unit idle, and every operation waits for the one
-before. A share above 1 says that a cache kept what was counted as moved.
+The bound is the slowest of three: arithmetic at the speed of a large product, the bytes of all
+operations at the speed of a copy, all kernels one after the other. ``ceilings`` measures these
+speeds anew before every turn, which is judged by them, and ``bounds`` counts the work. What binds,
+and the picture's roof, follow from the best of each.
+
+Hardly anything reaches all of a bound: thin convolutions leave most of an arithmetic unit idle, and
+while one operation waits for memory, the arithmetic of others waits as well. A share above 1 says
+that a cache kept what was counted as moved.
 
 - students: a step of a lane with plain cross-entropy, gather and update included; on a GPU the
   replayed graph, of compiled kernels where kdlib compiles. Against launches: on a GPU nodes of the
   graph, on a CPU the host's time for an operation.
 - teachers: a sweep of labels as a bank makes it, batch norms folded.
 
-Networks take turns. What binds stands beside each share; the CSV has the counted work as well.
+Networks take turns. What binds stands beside each share; the CSV has also the counted work of a
+step and the seconds that each part of it takes by itself.
 """
 
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -43,6 +49,12 @@ EPOCHS = 1000
 # Of a turn: steps of a student, chunks of a sweep.
 STEPS = {"cpu": 2, "cuda": 200}
 CHUNKS = {"cpu": 1, "cuda": 12}
+# A lower share of the bound is marked.
+LEAST = 0.5
+MARKS = {"o": "a student's step", "^": "bound by launches", "s": "a teacher's labels"}
+LABELS = ", labels"
+# Of the picture's axes.
+UNIT = {"cpu": (1e9, "G"), "cuda": (1e12, "T")}
 
 
 class Case(NamedTuple):
@@ -52,15 +64,14 @@ class Case(NamedTuple):
     batch: int | None
 
 
-CASES = [
+STUDENTS = [
     Case("mobilenetv2-t6-w0.5", 64),
     Case("mobilenetv2-t10-w1", 64),
     Case("resnet20", 128),
     Case("wrn-16-1", 128),
     Case("vgg13", 128),
-    Case("resnet50", None),
-    Case("resnet110", None),
 ]
+TEACHERS = [Case("resnet50", None), Case("resnet110", None)]
 DENSENET = {"cpu": Case("densenet-bc-40-12", 64), "cuda": Case("densenet-bc-100-12", 128)}
 
 
@@ -71,6 +82,13 @@ class Contender(NamedTuple):
     batch: int
     work: Work
     turn: Callable[[], Turn]
+
+
+class Reached(NamedTuple):
+    """Images/s of a turn, and the machine's limits just before it."""
+
+    speed: float
+    ceilings: Ceilings
 
 
 def random_images(count: int, device: torch.device) -> Images:
@@ -100,59 +118,73 @@ def teacher(case: Case, device: torch.device) -> Contender:
     sweep()  # warms up
     work = forward(bank.teacher, bank.chunk, bank.dtype)
     turn = partial(timed, sweep, len(index) * bank.chunk, device)
-    return Contender(f"{case.network}, labels", bank.chunk, work, turn)
+    return Contender(case.network + LABELS, bank.chunk, work, turn)
 
 
-def rows_for(contender: Contender, turns: list[Turn], ceilings: Ceilings) -> list[dict]:
-    seconds, cause = contender.work.bound(ceilings)
-    bound = contender.batch / seconds
-    about = {"batch": contender.batch, "cause": cause, **contender.work._asdict()}
-    rows = [row(contender.name, f"bound by {cause}, images/s", bound) | about]
-    for k, turn in enumerate(turns):
-        speed = turn.images / turn.wall
-        rows.append(row(contender.name, "images/s", speed, k) | about)
-        rows.append(row(contender.name, f"share of the bound by {cause}", speed / bound, k) | about)
+def rows_for(contender: Contender, turns: list[Reached], best: Ceilings) -> list[dict]:
+    name, batch, work, _ = contender
+    seconds, cause = work.bound(best)
+    about = {"cause": cause, "batch": batch, **work._asdict()}
+    about |= {f"{part}_s": taken for part, taken in work.seconds(best).items()}
+    rows = [row(name, f"bound by {cause}, images/s", batch / seconds) | about]
+    for k, (speed, ceilings) in enumerate(turns):
+        share = speed * work.bound(ceilings)[0] / batch
+        rows.append(row(name, "images/s", speed, k) | about)
+        rows.append(row(name, f"share of the bound by {cause}", share, k, target=LEAST) | about)
     return rows
 
 
 def draw(
-    contenders: list[Contender], turns: dict[str, list[Turn]], ceilings: Ceilings, machine: str
+    contenders: list[Contender],
+    turns: dict[str, list[Reached]],
+    ceilings: Ceilings,
+    device: torch.device,
 ) -> Figure:
     """FLOP/s against FLOPs a byte: the roof, what each network reached, and a line to its bound."""
+    unit, prefix = UNIT[device.type]
     points = {}
-    for contender in contenders:
-        work, (seconds, cause) = contender.work, contender.work.bound(ceilings)
-        speed = pd.Series([turn.images / turn.wall for turn in turns[contender.name]]).median()
-        reached = speed * work.flops / contender.batch
-        points[contender.name] = (work.flops / work.bytes, reached, work.flops / seconds, cause)
-    table = pd.DataFrame(points, index=["intensity", "reached", "bound", "cause"]).T
+    for name, batch, work, _ in contenders:
+        seconds, cause = work.bound(ceilings)
+        speed = statistics.median(turn.speed for turn in turns[name])
+        reached, bound = speed / batch * work.flops / unit, work.flops / seconds / unit
+        points[name] = (work.flops / work.bytes, reached, bound, cause)
+    table = pd.DataFrame.from_dict(points, "index", columns=["x", "reached", "bound", "cause"])
+    about = environment(device, training_dtype(device))
     with plots.style():
         figure = Figure(figsize=(plots.PAGE, 4.2))
         axes = figure.subplots()
-        x = [table.intensity.min() / 2, 4 * table.intensity.max()]
+        top = ceilings.flops_per_s / unit
         ridge = ceilings.flops_per_s / ceilings.bytes_per_s
-        corners = sorted([*x, min(max(ridge, x[0]), x[1])])
-        roof = [min(ceilings.flops_per_s, at * ceilings.bytes_per_s) for at in corners]
-        axes.plot(corners, roof, color=plots.BLACK, ls="-", marker="")
+        x = np.geomspace(min(ridge, table.x.min()) / 2, 2 * max(ridge, table.x.max()), 200)
+        roof = np.minimum(top, x * ceilings.bytes_per_s / unit)
+        axes.plot(x, roof, color=plots.BLACK, ls="-", marker="")
         colors = [plots.OKABE_ITO[k % 6] for k in range(len(table))]
         for point, color in zip(table.itertuples(), colors, strict=True):
-            ends = [point.reached, point.bound]
-            axes.plot([point.intensity] * 2, ends, color=color, lw=0.7, ls="-", marker="")
-            axes.plot(point.intensity, point.bound, color=color, marker="_", ms=8)
-            mark = "^" if point.cause == "launches" else "s" if "labels" in point.Index else "o"
-            axes.plot(point.intensity, point.reached, color=color, marker=mark, ms=6, ls="")
-        axes.set(xscale="log", yscale="log", xlim=x)
+            look = {"color": color, "lw": 0.7, "ls": "-"}
+            axes.plot([point.x] * 2, [point.reached, point.bound], marker="", **look)
+            axes.plot(point.x, point.bound, marker="_", ms=8, **look)
+            axes.plot(point.x, point.reached, marker=_mark(point), ms=6, **look)
+        plots.log_axis(axes, "x")
+        plots.log_axis(axes, "y")
+        axes.set_xlim(x[0], x[-1])
         axes.set_xlabel("FLOPs a byte through memory")
-        axes.set_ylabel("FLOP/s")
-        axes.set_title(machine, loc="left")
-        plots.name_points(axes, table.intensity, table.reached, colors)
-        marks = {"o": "student's step", "^": "the same, bound by launches", "s": "teacher's labels"}
-        handles = [Line2D([], [], color="k", marker=m, ls="", label=t) for m, t in marks.items()]
-        label = f"{ceilings.bytes_per_s / 1e9:,.0f} GB/s, {ceilings.flops_per_s / 1e9:,.0f} GFLOP/s"
-        handles.append(Line2D([], [], color="k", ls="-", marker="", label=label))
-        handles.append(Line2D([], [], color="k", ls="", marker="_", ms=8, label="bound"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=7)
+        axes.set_ylabel(f"{prefix}FLOP/s")
+        axes.set_title("{device}, {threads} threads, {precision}".format(**about), loc="left")
+        plots.name_points(axes, table.x, table.reached, colors)
+        label = f"{ceilings.bytes_per_s / unit:.3g} {prefix}B/s, {top:.3g} {prefix}FLOP/s"
+        looks = {label: "", "bound": "_", **{text: mark for mark, text in MARKS.items()}}
+        handles = [
+            Line2D([], [], color=plots.BLACK, marker=mark, ls="" if mark else "-", label=text)
+            for text, mark in looks.items()
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=7)
     return figure
+
+
+def _mark(point) -> str:
+    if point.Index.endswith(LABELS):
+        return "s"
+    return "^" if point.cause == "launches" else "o"
 
 
 def main() -> None:
@@ -163,21 +195,20 @@ def main() -> None:
         os.environ["KDLIB_HOME"] = root
         contenders = [
             (student if case.batch else teacher)(case, device)
-            for case in [*CASES, DENSENET[device.type]]
+            for case in [*STUDENTS, DENSENET[device.type], *TEACHERS]
         ]
-        measured, turns = [], {contender.name: [] for contender in contenders}
+        turns: dict[str, list[Reached]] = {contender.name: [] for contender in contenders}
         for _ in range(options.rounds):
-            measured.append(measure(device))
             for contender in contenders:
-                turns[contender.name].append(contender.turn())
-    ceilings = Ceilings.best(measured)
+                ceilings, turn = measure(device), contender.turn()
+                turns[contender.name].append(Reached(turn.images / turn.wall, ceilings))
+    measured = [turn.ceilings for rounds in zip(*turns.values(), strict=True) for turn in rounds]
+    best = Ceilings.best(measured)
     rows = rows_of(measured, device)
     for contender in contenders:
-        rows += rows_for(contender, turns[contender.name], ceilings)
+        rows += rows_for(contender, turns[contender.name], best)
     report("roofline", rows, options)
-    about = environment(device, training_dtype(device))
-    machine = "{device}, {threads} threads, {precision}".format(**about)
-    draw(contenders, turns, ceilings, machine).savefig(options.out / f"roofline-{device.type}.png")
+    draw(contenders, turns, best, device).savefig(options.out / f"roofline-{device.type}.png")
 
 
 if __name__ == "__main__":
