@@ -1,8 +1,13 @@
 import pytest
 import torch
+from gated import images as some_images
+from gated import lively
 
 from kdlib import build_model, load_data
-from kdlib.engine import LabelBank, bank, plan
+from kdlib.engine import LabelBank, plan
+from kdlib.engine import bank as bank_module
+from kdlib.engine.bank import HOST, Shelf, folded
+from kdlib.store import fingerprint
 
 
 @pytest.fixture
@@ -67,9 +72,8 @@ def test_each_view_of_each_image_is_computed_at_most_once(images, requests, monk
 
 def test_what_is_known_needs_no_teacher(images, requests):
     calls = []
-    teacher = make_teacher()
-    teacher.register_forward_hook(lambda *_: calls.append(1))
-    labels = LabelBank(teacher, images)
+    labels = LabelBank(make_teacher(), images)
+    labels.teacher.register_forward_hook(lambda *_: calls.append(1))
     labels.targets(*requests[0])
     assert len(calls) == 1
     labels.targets(*requests[0])
@@ -77,9 +81,8 @@ def test_what_is_known_needs_no_teacher(images, requests):
 
 
 def test_every_sweep_has_one_shape(images, requests):
-    teacher, shapes = make_teacher(), set()
-    teacher.register_forward_hook(lambda _, inputs, __: shapes.add(inputs[0].shape[0]))
-    labels = LabelBank(teacher, images)
+    labels, shapes = LabelBank(make_teacher(), images), set()
+    labels.teacher.register_forward_hook(lambda _, inputs, __: shapes.add(inputs[0].shape[0]))
     for index, view in requests:
         labels.targets(index[:5], view[:5])
         labels.targets(index, view)
@@ -105,36 +108,117 @@ def test_sweeps_leave_the_teacher_as_it_was(images, requests):
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
+# --- folding --------------------------------------------------------------------------------------
+
+FAMILIES = [
+    *("mobilenetv2-x0.15", "shufflenetv2-x0.18", "resnet14", "wrn-10-1-x0.5", "vgg13-x0.125"),
+    *("densenet-bc-28-6", "googlenet-x0.05", "lenet"),
+]
+
+
+def batch_norms(network):
+    return sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folded_teacher_answers_as_the_teacher_does(name):
+    size = 28 if name == "lenet" else 8
+    teacher, x = lively(name), some_images(8, size)
+    ours, theirs = folded(teacher), teacher(x)
+    torch.testing.assert_close(ours(x), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    assert batch_norms(ours) < batch_norms(teacher) or name == "lenet"
+    assert folded(ours) is ours
+
+
+def test_no_batch_norm_is_left_where_each_follows_a_convolution():
+    assert batch_norms(folded(lively("resnet14"))) == 0
+    assert batch_norms(folded(lively("densenet-bc-28-6"))) > 0
+
+
+def test_folding_leaves_the_teacher_itself_alone():
+    teacher = lively("resnet14")
+    before = fingerprint(teacher.state_dict())
+    folded(teacher)
+    assert fingerprint(teacher.state_dict()) == before
+
+
+# --- a table in the host's memory -----------------------------------------------------------------
+
+
+@pytest.fixture
+def spilled(images):
+    """A bank whose table is elsewhere than its teacher: to the bank, another CPU is as good."""
+    bank = LabelBank(make_teacher(), images)
+    bank.place = torch.device("cpu", 0)
+    assert bank.place != bank.device
+    return bank
+
+
+def test_a_spilled_bank_gives_the_same_numbers_and_sweeps_as_little(
+    images, requests, spilled, monkeypatch
+):
+    resident, swept, live = LabelBank(make_teacher(), images), [], spilled.live
+    monkeypatch.setattr(spilled, "live", lambda i, v: swept.append(pairs(i, v)) or live(i, v))
+    for index, view in (*requests, *requests):
+        assert torch.equal(spilled.targets(index, view), resident.targets(index, view))
+    asked = set.union(*(pairs(index, view) for index, view in requests))
+    assert sum(map(len, swept)) == len(asked)
+
+
+def test_rows_arrive_when_the_table_is_read_again(requests, spilled):
+    first = spilled.targets(*requests[0])
+    assert len(spilled.arriving) == 1  # nobody waited for them
+    assert torch.equal(spilled.targets(*requests[0]), first)
+    assert not spilled.arriving
+
+
 # --- the shelf ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def room_for_two(images, monkeypatch):
-    one = LabelBank(make_teacher(), images).bytes
-    monkeypatch.setattr(bank, "_memory", lambda device: 4 * one)
+    one = LabelBank(make_teacher(), images).bytes(images.device)
+    monkeypatch.setattr(bank_module, "_memory", lambda device: 4 * one)
 
 
 def test_a_shelf_makes_each_bank_once_however_many_take_turns(images, room_for_two):
-    shelf, made = bank.Shelf(), []
+    shelf, made = Shelf(), []
     shelf.wanted = {"a", "b", "c"}
     for _ in range(3):
         for name in "abc":
             shelf.get((name,), lambda n=name: made.append(n) or LabelBank(make_teacher(), images))
     assert made == ["a", "b", "c"]
-    assert [shelf.get((name,), None).remembers for name in "abc"] == [True, True, False]
+    places = [shelf.get((name,), None).place for name in "abc"]
+    assert places == [images.device, images.device, None]
 
 
 def test_banks_that_nobody_wants_make_room(images, room_for_two):
-    shelf = bank.Shelf()
+    shelf = Shelf()
     for name in "abc":
         shelf.wanted = {name}
-        assert shelf.get((name,), lambda: LabelBank(make_teacher(), images)).remembers
+        bank = shelf.get((name,), lambda: LabelBank(make_teacher(), images))
+        assert bank.place == images.device
     assert ("a",) not in shelf.banks
+
+
+def test_a_table_that_does_not_fit_beside_its_teacher_goes_to_the_host(images, monkeypatch):
+    """On a GPU; here the teacher is made to believe that the CPU is one."""
+    bank, beside = LabelBank(make_teacher(), images), torch.device("cpu", 0)
+    bank.device = bank.place = beside
+    teacher = sum(p.numel() * p.itemsize for p in bank.teacher.parameters())
+    table = bank.bytes(beside) - teacher
+    for room, place in (
+        ({beside: teacher + table, HOST: 0}, beside),
+        ({beside: teacher, HOST: table}, HOST),
+        ({beside: teacher, HOST: table - 1}, None),
+    ):
+        monkeypatch.setattr(bank_module, "_memory", lambda device, room=room: 2 * room[device])
+        assert Shelf().get(("a",), lambda: bank).place == place
 
 
 def test_a_bank_that_does_not_fit_gives_the_same_numbers(images, requests):
     remembering, forgetting = (LabelBank(make_teacher(), images) for _ in range(2))
-    forgetting.remembers = False
+    forgetting.place = None
     for index, view in requests:
         assert torch.equal(remembering.targets(index, view), forgetting.targets(index, view))
     assert forgetting.known is None

@@ -168,7 +168,7 @@ def test_training_sweeps_its_teacher_as_often_as_was_counted(whole, swept, metho
 
 def train_banks():
     """Of the training images, whether they remember."""
-    return [bank.remembers for key, bank in BANKS.banks.items() if key[2] == "train"]
+    return [bank.place is not None for key, bank in BANKS.banks.items() if key[2] == "train"]
 
 
 def test_a_teacher_of_one_epoch_is_not_remembered_and_no_number_changes(

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections import Counter
 from dataclasses import replace
-from importlib import import_module
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from kdlib import KD, Recipe, Run, build_model, load_data, measure, store, train
 from kdlib.analysis import divergence_from_route
+from kdlib.engine import lanes as lanes_module
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import validation
 from kdlib.errors import NotFinite, StoreError
@@ -34,8 +34,6 @@ from kdlib.greedy import GreedySearch, anchors, divergences, stages
 from kdlib.methods.route import OneStage, hardness, multi_stage, next_anchor
 from kdlib.models import load_weights
 from kdlib.store import fingerprint
-
-train_module = import_module("kdlib.engine.train")
 
 
 def route_of(teacher):
@@ -450,7 +448,7 @@ def test_a_search_of_one_stage_saw_no_divergences(search):
 
 def test_a_second_call_of_a_search_trains_nothing(search, monkeypatch):
     first = train([search(delta=ALWAYS)])[0]
-    monkeypatch.setattr(train_module, "Lane", None)
+    monkeypatch.setattr(lanes_module, "Lane", None)
     second = train([search(delta=ALWAYS)])[0]
     assert (second.run, second.closing) == (first.run, first.closing)
 
@@ -508,7 +506,7 @@ def test_a_clone_of_records_alone_tells_what_a_search_found(search, only_records
     seen = divergences(trained)
     runs = [searched.student.method.teacher, *(stage.run for stage in stages(trained))]
     only_records(*runs)
-    monkeypatch.setattr(train_module, "Lane", None)
+    monkeypatch.setattr(lanes_module, "Lane", None)
     found = train([searched])[0]
     assert (found.run, found.closing) == (trained.run, trained.closing)
     assert anchors(found) == [1, 2, 3, 4]

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +13,9 @@ import torch
 from helpers import flip_a_bit, garble, truncate
 
 from kdlib import KD, CrossEntropy, Recipe, Run, files, measure, store, train
+from kdlib.engine import lanes as lanes_module
 from kdlib.errors import StoreError, UnknownName
 from kdlib.runs import describe
-
-train_module = import_module("kdlib.engine.train")
 
 RECIPE = Recipe(epochs=3, batch=32, lr=0.1)
 RUN = Run("digits", "resnet8", RECIPE)
@@ -325,7 +323,7 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny):
 def test_committed_records_are_found_without_a_store(tiny, only_records, monkeypatch):
     teacher, student = train([tiny(), tiny(method=KD(tiny()), seed=1)])
     only_records(teacher.run, student.run)
-    monkeypatch.setattr(train_module, "Lane", None)
+    monkeypatch.setattr(lanes_module, "Lane", None)
     found = train([student.run, teacher.run])
     assert found[0].log.equals(student.log)
     assert found[1].closing == teacher.closing

@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from kdlib import (
 )
 from kdlib.connections import drop_rates
 from kdlib.costs import channels_of, cost_of, latencies
+from kdlib.engine import lanes as lanes_module
 from kdlib.engine.lane import Lane
 from kdlib.engine.trainee import trained_networks
 from kdlib.errors import NotFinite, NothingFound
@@ -47,7 +47,6 @@ from kdlib.profiles import open_profile
 from kdlib.store import fingerprint
 from kdlib.student_search import RandomStudent, architecture, extract, kept_channels
 
-train_module = import_module("kdlib.engine.train")
 MODEL = "densenet-bc-16-4"
 
 
@@ -499,7 +498,7 @@ def test_what_was_found_is_trained_from_scratch_with_and_without_kd():
 @pytest.mark.usefixtures("all_is_trained")
 def test_a_second_call_trains_nothing(monkeypatch):
     first = train([chain()])[0]
-    monkeypatch.setattr(train_module, "Lane", None)
+    monkeypatch.setattr(lanes_module, "Lane", None)
     second = train([chain()])[0]
     assert (second.run, second.closing) == (first.run, first.closing)
 
@@ -543,7 +542,7 @@ def test_a_search_that_only_targets_the_truth_cannot_be_held():
 def test_a_clone_of_records_alone_tells_what_was_found(only_records, monkeypatch):
     trained = train([chain(KD(TEACHER))])[0]
     only_records(TEACHER, chain().search, trained.run)
-    monkeypatch.setattr(train_module, "Lane", None)
+    monkeypatch.setattr(lanes_module, "Lane", None)
     again = train([chain(KD(TEACHER))])[0]
     assert (again.run, again.closing) == (trained.run, trained.closing)
     assert home().name == "fresh"

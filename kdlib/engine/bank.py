@@ -2,58 +2,116 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 
 from kdlib.data import Images
 from kdlib.engine.device import half_precision
+
+# Images that a teacher labels at a time: what fits a CPU's cache, what fills a GPU.
+CHUNK = {"cpu": 64, "cuda": 2048}
+HOST = torch.device("cpu")
+
+
+def folded(teacher: nn.Module) -> nn.Module:
+    """A teacher in eval mode with its batch norms folded into the convolutions before them.
+
+    Of networks that normalise first, such as wide ResNets and DenseNets, some stay as they are.
+    """
+    if isinstance(teacher, fx.GraphModule):  # another bank's, folded already
+        return teacher
+    network = fuse(teacher)
+    network.delete_all_unused_submodules()
+    return network
 
 
 class LabelBank:
     """A teacher's logits for (image, view), computed when first asked for.
 
     The teacher is frozen and in eval mode, so its logits depend on the image and the view alone:
-    a bank gives what the live teacher would, to the bit. Every sweep runs chunks of one shape,
+    a bank gives what the teacher would at once, to the bit. Every sweep runs chunks of one shape,
     the last filled up, so that a logit does not depend on when it was computed.
 
+    On a GPU the host waits for nothing: it knows itself which labels are there, so that sweeps can
+    run beside training.
+
     Args:
-        teacher: in eval mode; moved to the images' device, half precision on a GPU.
+        teacher: in eval mode; folded, moved to the images' device, half precision on a GPU.
         images: those it labels.
     """
 
     def __init__(self, teacher: nn.Module, images: Images):
         if teacher.training:
             raise ValueError("A teacher that labels must be in eval mode.")
-        self.images = images
-        self.dtype = torch.float16 if images.device.type == "cuda" else torch.float32
-        self.chunk = min(2048 if images.device.type == "cuda" else 64, len(images))
-        self.teacher = teacher.to(images.device, memory_format=torch.channels_last)
-        self.remembers = True
+        self.images, self.device = images, images.device
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.chunk = min(CHUNK[self.device.type], len(images))
+        self.teacher = folded(teacher).to(self.device, memory_format=torch.channels_last)
+        # Where the table lies: beside the teacher, or None, where nothing is remembered.
+        self.place: torch.device | None = self.device
         self.shape = (len(images), images.views, images.classes)
         self.known: Tensor | None = None
+        # Of a table in the host's memory: rows on their way to it.
+        self.arriving: list[tuple[Tensor, Tensor, Tensor, torch.cuda.Event | None]] = []
 
-    @property
-    def bytes(self) -> int:
-        """What the table takes when it is full, and the teacher."""
-        table = math.prod(self.shape) * self.dtype.itemsize if self.remembers else 0
-        return table + sum(p.numel() * p.itemsize for p in self.teacher.parameters())
+    def bytes(self, device: torch.device) -> int:
+        """What the table takes there when it is full, and the teacher."""
+        table = math.prod(self.shape) * self.dtype.itemsize if device == self.place else 0
+        network = sum(p.numel() * p.itemsize for p in self.teacher.parameters())
+        return table + (network if device == self.device else 0)
 
     def targets(self, index: Tensor, view: Tensor) -> Tensor:
-        """Logits ``[b, classes]`` for int64 ``[b]`` images and views, missing ones swept first."""
-        if not self.remembers:
-            return self._sweep(index, view)
+        """Logits ``[b, classes]`` for int64 ``[b]`` images and views, missing ones swept first.
+
+        ``index`` and ``view`` best come from the host, where they are looked up.
+        """
+        if self.place is None:
+            return self._sweep(self._sent(index), self._sent(view))
+        index, view = index.cpu(), view.cpu()
         if self.known is None:
             # Left uninitialised: on a CPU, pages that no label is written to cost no memory.
-            self.logits = torch.empty(self.shape, dtype=self.dtype, device=index.device)
-            self.known = torch.zeros(self.shape[:2], dtype=torch.bool, device=index.device)
+            self.logits = torch.empty(self.shape, dtype=self.dtype, device=self.place)
+            self.known = torch.zeros(self.shape[:2], dtype=torch.bool)
         missing = (~self.known[index, view]).nonzero().squeeze(1)
+        rows = self._recall(index, view)
         if len(missing):
             i, v = index[missing], view[missing]
-            self.logits[i, v] = self._sweep(i, v)
-            self.known[i, v] = True
-        return self.logits[index, view]
+            swept = self._sweep(self._sent(i), self._sent(v))
+            self._remember(i, v, swept)
+            rows[self._sent(missing)] = swept
+        return rows
+
+    def _recall(self, index: Tensor, view: Tensor) -> Tensor:
+        """Rows of the table, anything where it has none."""
+        for i, v, rows, arrived in self.arriving:
+            if arrived:
+                arrived.synchronize()
+            self.logits[i, v] = rows
+        self.arriving.clear()
+        if self.place == self.device:
+            return self.logits[self._sent(index), self._sent(view)]
+        return self._sent(self.logits[index, view])
+
+    def _remember(self, index: Tensor, view: Tensor, rows: Tensor) -> None:
+        self.known[index, view] = True
+        if self.place == self.device:
+            self.logits[self._sent(index), self._sent(view)] = rows
+            return
+        # Written when the table is read again: the host does not wait for the sweep.
+        rows, arrived = rows.to(self.place, non_blocking=True), None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.current_stream(self.device).record_event()
+        self.arriving.append((index, view, rows, arrived))
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On the teacher's device; from pinned memory, since the host would wait otherwise."""
+        if self.device.type == "cpu" or tensor.device == self.device:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _sweep(self, index: Tensor, view: Tensor) -> Tensor:
         """The teacher's logits in chunks of one shape, the last filled up with repetitions."""
@@ -64,53 +122,82 @@ class LabelBank:
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter a loss that is differentiated
     def live(self, index: Tensor, view: Tensor) -> Tensor:
         """The same logits from the teacher itself, one batch, nothing remembered."""
-        with half_precision(self.images.device, torch.float16):
+        with half_precision(self.device, torch.float16):
             return self.teacher(self.images.batch(index, view)).to(self.dtype)
 
 
 class Shelf:
     """The banks of a process, by teacher checkpoint and images, within half of the memory.
 
-    A bank that would not fit asks its teacher every time instead: slower, the same numbers. So does
-    one of a ``passing`` teacher, hardly any of whose labels for training are asked for twice; of
-    these teachers only the last few are at hand. Banks that no lane in training wants make room
-    first.
+    A table that does not fit beside its teacher on a GPU lies in the host's memory. A bank without
+    room there either asks its teacher every time instead: slower, the same numbers. So does one of
+    a ``passing`` teacher, hardly any of whose labels for training are asked for twice; of these
+    teachers only the last few are at hand. Banks that no lane in training wants make room first.
     """
 
-    # Banks at hand that remember nothing or are passing: two for each lane that runs side by side.
+    # Banks at hand that remember nothing or are passing: at least, and two for each lane.
     AT_HAND = 16
 
     def __init__(self):
         self.banks: dict[tuple, LabelBank] = {}
         self.wanted: set[str] = set()
         self.passing: set[str] = set()
+        self.at_hand = self.AT_HAND
+        self.stream: torch.cuda.Stream | None = None
 
     def get(self, key: tuple, make: Callable[[], LabelBank]) -> LabelBank:
         """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
             bank = make()
-            bank.remembers = bank.images.views == 1 or key[0] not in self.passing
-            if not self._fits(bank):
+            if bank.images.views > 1 and key[0] in self.passing:
+                bank.place = None
+            elif not self._settle(bank, [bank.device]):
                 self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
-                bank.remembers = bank.remembers and self._fits(bank)
-            for surplus in self._dispensable()[: 1 - self.AT_HAND]:
+                self._settle(bank, [bank.device, HOST])
+            for surplus in self._dispensable()[: 1 - self.at_hand]:
                 del self.banks[surplus]
             self.banks[key] = bank
         return self.banks[key]
 
+    def _settle(self, bank: LabelBank, places: list[torch.device]) -> bool:
+        """Give a bank the first of these places that has room for its table, or none."""
+        for bank.place in places:
+            if self._fits(bank):
+                return True
+        bank.place = None
+        return False
+
     def _dispensable(self) -> list[tuple]:
         """Banks that are as soon made again, the oldest first."""
-        return [k for k, b in self.banks.items() if not b.remembers or k[0] in self.passing]
+        return [k for k, b in self.banks.items() if b.place is None or k[0] in self.passing]
 
     def expect(self, passing: set[str]) -> None:
         """Tell which teachers are passing from now on; those that were may remember anew."""
         self.banks = {k: b for k, b in self.banks.items() if k[0] not in self.passing}
         self.passing = passing
 
+    def serve(self, lanes: int, teachers: set[str]) -> None:
+        """Tell how many lanes train from now on, and whose labels they want."""
+        self.wanted, self.at_hand = teachers, max(self.AT_HAND, 2 * lanes)
+
+    @contextmanager
+    def aside(self, device: torch.device) -> Iterator[None]:
+        """On a GPU, what is launched inside runs beside the lanes, after all that was launched on
+        the current stream. Whoever asks for labels then has to ``join``."""
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """Let what is launched next wait for what runs aside."""
+        if self.stream:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
     def teacher(self, fingerprint: str, device: torch.device) -> nn.Module | None:
         """The teacher of a bank that is there, so that training and test images share it."""
         for key, bank in self.banks.items():
-            if key[0] == fingerprint and bank.images.device == device:
+            if key[0] == fingerprint and bank.device == device:
                 return bank.teacher
         return None
 
@@ -118,9 +205,8 @@ class Shelf:
         self.banks.clear()
 
     def _fits(self, bank: LabelBank) -> bool:
-        device = bank.images.device
-        beside = [b.bytes for b in self.banks.values() if b.images.device == device]
-        return sum(beside) + bank.bytes <= _memory(device) // 2
+        banks = [*self.banks.values(), bank]
+        return sum(b.bytes(bank.place) for b in banks) <= _memory(bank.place) // 2
 
 
 def _memory(device: torch.device) -> int:

@@ -12,12 +12,13 @@ from torch import Tensor
 from kdlib import losses, store
 from kdlib.data import Images
 from kdlib.engine.bank import Shelf
-from kdlib.engine.device import environment
+from kdlib.engine.device import environment, worth_compiling
 from kdlib.engine.plan import epoch_batches, noise, validation
 from kdlib.engine.teachers import Teachers
 from kdlib.engine.trainee import Trainee
 from kdlib.errors import NotFinite
 from kdlib.methods import Step
+from kdlib.models import Staged
 from kdlib.runs import Run
 
 # Images an evaluation takes at a time: what fits a CPU's cache, what fills a GPU.
@@ -42,21 +43,24 @@ class Lane:
 
     def __init__(self, run: Run, train: Images, test: Images, banks: Shelf, capture: bool = True):
         self.run, self.images, self.test = run, train, test
-        self.device = train.device
+        self.device, self.banks = train.device, banks
+        banks.join()
         self.teachers = Teachers(run, banks)
         if run.method.live:
             self.teachers.enliven(0, self.device)
         self.teachers.borrow(train)
-        self.trainee = Trainee(run, train, self.teachers.live)
+        steps = -(-len(train) // run.recipe.batch)
+        compiled = worth_compiling(self.device, steps * run.recipe.epochs)
+        self.trainee = Trainee(run, train, self.teachers.live, compiled)
         # Fixed addresses: teachers change in place.
         self.teacher = self.teachers.live and self.trainee.called(self.teachers.live)
         self.frozen = {n: self.trainee.called(part) for n, part in self.teachers.frozen.items()}
-        steps = -(-len(train) // run.recipe.batch)
         shape = (steps, run.recipe.batch)
         self.index = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.view = torch.zeros_like(self.index)
         self.labelled = run.method.labelled and run.method.labeller(0) is not None
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
+        self.next_targets: Tensor | None = None  # those of the epoch to come, where they are ready
         noises = (*shape, run.method.noises, train.classes)
         self.noise = torch.zeros(noises, device=self.device) if run.method.noises else None
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -70,7 +74,9 @@ class Lane:
         # Fingerprints of weights and logits kept, by epoch.
         self.weights: dict[str, str] = {}
         self.logits: dict[str, str] = {}
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Before the sweeps of labels, which have the lowest priority.
+        gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if gpu else None
         self.graph = None
         self.capturing = capture and self.stream is not None
         self._resume()
@@ -80,29 +86,26 @@ class Lane:
     def begin_epoch(self) -> None:
         """Put the epoch's plan, labels and learning rate where the step reads them."""
         self.started = time.perf_counter()
-        run, images = self.run, self.images
-        index, view = epoch_batches(
-            run.seed, run.epochs_before + self.epoch, len(images), images.views, run.recipe.batch
-        )
+        self._synchronise()
+        index, view = self._plan(self.epoch)
         self.steps = self.planned = len(index)
         self.index[: self.steps].copy_(index)
         self.view[: self.steps].copy_(view)
-        if run.method.live:
+        if self.run.method.live:
             self.teachers.enliven(self.epoch, self.device)
         if self.labelled:
-            bank = self.teachers.bank(self.epoch, images)
+            targets, self.next_targets = self.next_targets, None
+            if targets is None:
+                targets = self._labels(self.epoch)
             # Copied here, not indexed in the step: a graph would keep one bank's address for good.
-            flat = bank.targets(
-                self.index[: self.steps].flatten(), self.view[: self.steps].flatten()
-            )
-            self.targets[: self.steps].copy_(flat.view(self.steps, run.recipe.batch, -1))
+            self.targets[: self.steps].copy_(targets)
         if self.noise is not None:
-            drawn = noise(run.seed, run.epochs_before + self.epoch, self.noise.shape)
+            drawn = noise(self.run.seed, self.run.epochs_before + self.epoch, self.noise.shape)
             self.noise.copy_(drawn)
         self.trainee.set_rates(self.epoch)
         self.cursor.zero_()
         self.taken = 0
-        self.watched = run.method.may_arrive(self.trainee.networks, self.steps)
+        self.watched = self.run.method.may_arrive(self.trainee.networks, self.steps)
         for total in self.meter.values():
             total.zero_()
         self.trainee.networks.train()
@@ -110,6 +113,21 @@ class Lane:
             self._capture()
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            if self.labelled and self.epoch + 1 < self.run.recipe.epochs:
+                with self.banks.aside(self.device):  # while this epoch trains
+                    self.next_targets = self._labels(self.epoch + 1)
+
+    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images and views of an epoch's steps, on the CPU."""
+        run, images = self.run, self.images
+        epoch += run.epochs_before
+        return epoch_batches(run.seed, epoch, len(images), images.views, run.recipe.batch)
+
+    def _labels(self, epoch: int) -> Tensor:
+        """The teacher's logits for an epoch's steps, ``[steps, batch, classes]``."""
+        index, view = self._plan(epoch)
+        bank = self.teachers.bank(epoch, self.images)
+        return bank.targets(index.flatten(), view.flatten()).view(*index.shape, -1)
 
     def advance(self) -> None:
         """One step."""
@@ -128,9 +146,10 @@ class Lane:
                 self.steps = self.taken
 
     def _synchronise(self) -> None:
-        """Let what is read next wait for the steps."""
+        """Let what is done next wait for the steps, and for labels that are being computed."""
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self.banks.join()
 
     def step(self) -> None:
         """The whole of training: gather, forward, loss, backward, update, account."""
@@ -207,7 +226,7 @@ class Lane:
             **({"arrived": self.epoch - 1 + self.taken / self.planned} if self.arrived else {}),
             **({"logits": self.logits} if self.run.route else {}),
             "seconds": round(sum(row["seconds"] for row in self.log), 1),
-            "environment": environment(self.device, self.trainee.dtype),
+            "environment": environment(self.device, self.trainee.dtype, self.trainee.compiled),
         }
         store.write_record(self.run, self.log, closing)
         self._state_path.unlink(missing_ok=True)
@@ -217,20 +236,21 @@ class Lane:
         """On the test set: accuracy in %, mean cross-entropy, mean KL to this epoch's teacher."""
         self.trainee.networks.eval()
         bank = self.teachers.bank(self.epoch, self.test)
-        student, parts = self.trainee.student, self.trainee.parts
-        whole = self.trainee.whole_networks()
-        whole |= self.run.method.joined(student, self.teacher, parts)
+        networks = self.trainee.uncompiled()
+        student = networks.pop("student")
+        whole = {"student": student}
+        whole |= {n: part for n, part in networks.items() if isinstance(part.network, Staged)}
+        whole |= self.run.method.joined(student, self.teacher, networks)
         sums = torch.zeros(len(whole), 3, device=self.device)
-        for index in torch.arange(len(self.test), device=self.device).split(
-            EVAL_CHUNK[self.device.type]
-        ):
+        for chunk in torch.arange(len(self.test)).split(EVAL_CHUNK[self.device.type]):
+            index = chunk.to(self.device)
             x, labels = self.test.batch(index), self.test.labels[index]
             for total, network in zip(sums, whole.values(), strict=True):
                 logits = network(x)
                 total[0] += (logits.argmax(1) == labels).sum()
                 total[1] += F.cross_entropy(logits, labels, reduction="sum")
                 if bank:
-                    taught = bank.targets(index, torch.full_like(index, self.test.centre))
+                    taught = bank.targets(chunk, torch.full_like(chunk, self.test.centre))
                     total[2] += len(index) * losses.kd(logits, taught.float(), temperature=1)
         row = {}
         for name, (top1, ce, kl) in zip(whole, (sums / len(self.test)).tolist(), strict=True):
@@ -243,8 +263,11 @@ class Lane:
     def _keep_logits(self) -> None:
         """Logits of the validation images, for whoever asks how far a student is from here."""
         index = validation(len(self.images)).to(self.device)
-        chunks = index.split(EVAL_CHUNK[self.device.type])
-        logits = torch.cat([self.trainee.student(self.images.batch(i)) for i in chunks])
+        chunks, student = (
+            index.split(EVAL_CHUNK[self.device.type]),
+            self.trainee.uncompiled()["student"],
+        )
+        logits = torch.cat([student(self.images.batch(i)) for i in chunks])
         self.logits[str(self.epoch)] = store.save_logits(self.run, self.epoch, logits)
 
     # --- capture ----------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ class Trainee:
         run: whose student, and whose method's parts.
         images: those it learns from.
         teacher: the first labeller, for a method that is ``live``.
+        compiled: have whole networks compiled where a step calls them.
     """
 
-    def __init__(self, run: Run, images: Images, teacher: Staged | None):
+    def __init__(self, run: Run, images: Images, teacher: Staged | None, compiled: bool = False):
+        self.compiled = compiled
         self.device = images.device
         self.dtype = training_dtype(images.device) if run.method.half else torch.float32
         self.networks = initial_networks(run, images, teacher)
@@ -47,7 +49,12 @@ class Trainee:
 
     def called(self, network: nn.Module) -> InFloat32:
         """A network as losses call it, at the precision of this training."""
-        return InFloat32(network, self.device, self.dtype)
+        compiled = self.compiled and isinstance(network, Staged)
+        return InFloat32(network, self.device, self.dtype, compiled)
+
+    def uncompiled(self) -> dict[str, InFloat32]:
+        """By name, the networks as evaluations call them, whose shapes are not worth compiling."""
+        return {name: InFloat32(n, self.device, self.dtype) for name, n in self.networks.items()}
 
     def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
         followers = [self.networks[name]]
@@ -80,13 +87,6 @@ class Trainee:
     def forget_gradients(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-
-    def whole_networks(self) -> dict[str, InFloat32]:
-        """The student, and parts that are classifiers themselves."""
-        called = {"student": self.student, **self.parts}
-        return {
-            name: called[name] for name, net in self.networks.items() if isinstance(net, Staged)
-        }
 
     # --- state ------------------------------------------------------------------------------------
 
