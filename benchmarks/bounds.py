@@ -62,7 +62,6 @@ KINDS = {
     "max_pool2d_with_indices": "pool",
     "avg_pool2d": "pool",
     "adaptive_max_pool2d": "pool",
-    "_adaptive_avg_pool2d": "pool",
     "channel_shuffle": "shuffle",
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import arguments, report, row, timed
-from kdlib.engine.device import training_dtype
+from kdlib.engine.device import prepare, training_dtype
 from kdlib.models.staged import conv
 
 # What takes milliseconds at least: elements of the copied float32 tensor, side of the matrices,
@@ -111,6 +111,7 @@ def _fastest(work: Callable, device: torch.device) -> float:
 
 def main() -> None:
     options = arguments(__doc__)
+    prepare(options.device)
     measured = [measure(options.device) for _ in range(options.rounds)]
     report("ceilings", rows_of(measured, options.device), options)
 

@@ -40,7 +40,7 @@ from benchmarks.training import lane_turn
 from kdlib import Recipe, Run, build_model, plots
 from kdlib.data import Images
 from kdlib.engine.bank import LabelBank, Shelf
-from kdlib.engine.device import environment, keep_large_blocks, training_dtype
+from kdlib.engine.device import environment, prepare, training_dtype
 from kdlib.engine.lane import Lane
 
 CLASSES = 100
@@ -158,7 +158,8 @@ def draw(
         x = np.geomspace(min(ridge, table.x.min()) / 2, 2 * max(ridge, table.x.max()), 200)
         roof = np.minimum(top, x * ceilings.bytes_per_s / unit)
         axes.plot(x, roof, color=plots.BLACK, ls="-", marker="")
-        colors = [plots.OKABE_ITO[k % 6] for k in range(len(table))]
+        taught = [name.endswith(LABELS) for name in table.index]
+        colors = [plots.BLACK if t else plots.OKABE_ITO[k % 6] for k, t in enumerate(taught)]
         for point, color in zip(table.itertuples(), colors, strict=True):
             look = {"color": color, "lw": 0.7, "ls": "-"}
             axes.plot([point.x] * 2, [point.reached, point.bound], marker="", **look)
@@ -190,7 +191,7 @@ def _mark(point) -> str:
 def main() -> None:
     options = arguments(__doc__)
     device = options.device
-    keep_large_blocks()
+    prepare(device)
     with tempfile.TemporaryDirectory() as root:
         os.environ["KDLIB_HOME"] = root
         contenders = [
