@@ -5,8 +5,9 @@ operations at the speed of a copy, all kernels one after the other. ``ceilings``
 speeds anew before every turn, which is judged by them, and ``bounds`` counts the work. What binds,
 and the picture's roof, follow from the best of each.
 
-Hardly anything reaches all of a bound: thin convolutions leave most of an arithmetic unit idle, and
-while one operation waits for memory, the arithmetic of others waits as well. A share above 1 says
+Hardly anything reaches all of a bound. Thin and depthwise convolutions leave most of an arithmetic
+unit idle; and while one operation waits for memory, the arithmetic of others waits as well, which
+"were nothing to overlap" allows for, with the sum of the three as the bound. A share above 1 says
 that a cache kept what was counted as moved, or that multiplications by an image's padding, which
 count, were left out: of 3x3 convolutions on 4x4 images these are three in ten.
 
@@ -131,7 +132,9 @@ def rows_for(contender: Contender, turns: list[Reached], best: Ceilings) -> list
     for k, (speed, ceilings) in enumerate(turns):
         share = speed * work.bound(ceilings)[0] / batch
         rows.append(row(name, "images/s", speed, k) | about)
+        in_turn = speed * sum(work.seconds(ceilings).values()) / batch
         rows.append(row(name, f"share of the bound by {cause}", share, k, target=LEAST) | about)
+        rows.append(row(name, "the same, were nothing to overlap", in_turn, k) | about)
     return rows
 
 
