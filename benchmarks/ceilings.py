@@ -1,0 +1,120 @@
+"""What the machine can do at best: bytes/s, FLOP/s, and the time of one small kernel.
+
+- copy: a tensor much larger than any cache, its bytes counted twice, read and written;
+- arithmetic: the faster of a product of square matrices and a 3x3 convolution of many channels,
+  since different libraries do them, in the precision in which networks train there;
+- node: one of a thousand additions to a tiny tensor, each of which needs the one before. On a GPU
+  a node of a replayed CUDA graph; on a CPU what the host takes to call an operation.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks import arguments, report, row, timed
+from kdlib.engine.device import prepare, training_dtype
+
+# What takes milliseconds at least: elements of the copied float32 tensor, side of the matrices,
+# images and their height and width after the convolution.
+COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}
+SIDE = {"cpu": 1024, "cuda": 8192}
+CONVOLVED = {"cpu": (16, 8), "cuda": (1024, 16)}
+CHANNELS = 512
+NODES = 1000
+REPEATS = 5
+
+
+class Ceilings(NamedTuple):
+    """A machine's limits."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    node_s: float
+
+    @classmethod
+    def best(cls, measured: list["Ceilings"]) -> "Ceilings":
+        """The best of each: a limit is what was ever reached."""
+        copies, products, nodes = zip(*measured, strict=True)
+        return cls(max(copies), max(products), min(nodes))
+
+
+def measure(device: torch.device) -> Ceilings:
+    """The limits of ``device``, of each the best of a few repeats."""
+    arithmetic = max(_multiplying(device), _convolving(device))
+    return Ceilings(_copying(device), arithmetic, _fastest(_chain(device), device) / NODES)
+
+
+def rows_of(measured: list[Ceilings], device: torch.device) -> list[dict]:
+    """Rows for ``report``, a round each."""
+    precision = str(training_dtype(device)).removeprefix("torch.")
+    rows = []
+    for k, ceilings in enumerate(measured):
+        rows += [
+            row("machine", "copy, GB/s", ceilings.bytes_per_s / 1e9, k),
+            row("machine", f"arithmetic in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
+            row("machine", "node, µs", ceilings.node_s * 1e6, k),
+        ]
+    return rows
+
+
+def _copying(device: torch.device) -> float:
+    source = torch.ones(COPIED[device.type], device=device)
+    target = torch.empty_like(source)
+    seconds = _fastest(lambda: target.copy_(source), device)
+    return 2 * source.numel() * source.itemsize / seconds
+
+
+def _multiplying(device: torch.device) -> float:
+    side = SIDE[device.type]
+    a, b = torch.randn(2, side, side, device=device).to(training_dtype(device))
+    product = torch.empty_like(a)
+    return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=product), device)
+
+
+@torch.no_grad()
+def _convolving(device: torch.device) -> float:
+    images, size = CONVOLVED[device.type]
+    dtype, channels_last = training_dtype(device), torch.channels_last
+    # Without padding, whose multiplications count but are left out by some libraries.
+    convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False).to(device, dtype)
+    convolution.to(memory_format=channels_last)
+    x = torch.randn(images, CHANNELS, size + 2, size + 2, device=device)
+    x = x.to(dtype, memory_format=channels_last)
+    multiplied = images * size**2 * convolution.weight.numel()
+    return 2 * multiplied / _fastest(lambda: convolution(x), device)
+
+
+def _chain(device: torch.device) -> Callable[[], None]:
+    x = torch.zeros(1, device=device)
+
+    def chain() -> None:
+        for _ in range(NODES):
+            x.add_(1)
+
+    if device.type == "cpu":
+        return chain
+    chain()  # the kernel is loaded before it is captured
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    return graph.replay
+
+
+def _fastest(work: Callable, device: torch.device) -> float:
+    """Seconds of the fastest of a few repeats, after one that warms up."""
+    work()
+    return min(timed(work, 0, device).wall for _ in range(REPEATS))
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    prepare(options.device)
+    measured = [measure(options.device) for _ in range(options.rounds)]
+    report("ceilings", rows_of(measured, options.device), options)
+
+
+if __name__ == "__main__":
+    main()
