@@ -98,7 +98,9 @@ def report(program: str, rows: list[dict], options: argparse.Namespace) -> None:
     """Print the table, write the CSV and, where asked, the README's results."""
     about = environment(options.device, training_dtype(options.device))
     table = pd.DataFrame(rows).astype({"target": float})
-    table["machine"] = "{device}, {threads} threads, torch {torch}, Python {python}".format(**about)
+    table["machine"] = "{device}, threads: {threads}, torch {torch}, Python {python}".format(
+        **about
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / f"{program}-{options.device.type}.csv", index=False)
     print(as_markdown(table))

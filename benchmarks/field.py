@@ -17,8 +17,11 @@ from torchvision.transforms import functional as TF
 from benchmarks import Turn, timed
 from kdlib import Run, build_model, store
 from kdlib.data import Images
-from kdlib.engine.device import half_precision, training_dtype
+from kdlib.engine.device import half_precision, keep_large_blocks, training_dtype
 from kdlib.engine.plan import mix
+
+# Where nobody changes it, glibc gives blocks back to the system that are larger than this.
+USUALLY_KEPT = 32 << 20
 
 
 class PilData(Dataset):
@@ -170,15 +173,20 @@ class FieldLoop:
             if count:
                 self.batches = self.epoch()
 
-    def turn(self) -> Turn:
-        """Some steps, timed after the first; the workers' start is not in the time."""
+    def turn(self, kept: int = USUALLY_KEPT) -> Turn:
+        """Some steps, timed after the first; the workers' start is not in the time.
+
+        ``kept`` bytes are what freed blocks may have to be kept, on a CPU.
+        """
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True  # as the field's scripts do
+        keep_large_blocks(kept)
         self.batches = self.epoch()
         self.steps(self.warm_up)
         images = self.count * self.recipe.batch
         turn = timed(lambda: self.steps(self.count), images, self.device)
         torch.backends.cudnn.benchmark = before
+        keep_large_blocks()
         return turn
 
     def train(self, epochs: int) -> None:

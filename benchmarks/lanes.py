@@ -55,20 +55,20 @@ def run_pair(student: str, teacher: str, count: int, options: argparse.Namespace
         except torch.OutOfMemoryError:
             print(f"Memory lasts for {len(lanes)} lanes of {student}.")
         contenders = {
-            f"{n} lanes": partial(lanes_turn, lanes[:n], 1, False)
+            f"lanes: {n}": partial(lanes_turn, lanes[:n], 1, False)
             for n in WIDTHS
             if n <= len(lanes)
         }
         widest = [*contenders][-1]
         return [
-            *compare(f"{student} ← {teacher}", contenders, {(widest, "1 lanes"): None}, options)
+            *compare(f"{student} ← {teacher}", contenders, {(widest, "lanes: 1"): None}, options)
         ]
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Images/s of all lanes, relative to one, against their number."""
-    table = table[table.quantity.str.endswith("lanes, images/s")].copy()
-    table["lanes"] = table.quantity.str.partition(" ")[0].astype(int)
+    table = table[table.quantity.str.fullmatch(r"lanes: \d+, images/s")].copy()
+    table["lanes"] = table.quantity.str.extract(r"(\d+)", expand=False).astype(int)
     with style():
         figure = Figure(figsize=(5, 3.2))
         axes = figure.subplots()
@@ -80,7 +80,7 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.axhline(1, color="#888888", lw=0.8, ls=":", marker="", label="as fast as one")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_ylim(0.5)
+        axes.set_ylim(0.5, max(2, axes.get_ylim()[1]))
         axes.set_xticks(WIDTHS)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ScalarFormatter())

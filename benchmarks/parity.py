@@ -12,6 +12,7 @@ import argparse
 import os
 import tempfile
 
+import numpy as np
 import torch
 
 from benchmarks import arguments, report, row, timed
@@ -60,7 +61,7 @@ def run_seeds(options: argparse.Namespace) -> list[dict]:
         differences.append(accuracies["kdlib"] - accuracies["P0"])
         rows.append(row(case, "kdlib − P0, points", differences[-1], seed))
         rows.append(row(case, "speed of the whole run, kdlib / P0", theirs.wall / ours.wall, seed))
-    for end, value in zip(("lower", "upper"), interval(differences), strict=True):
+    for end, value in zip(("lower", "upper"), interval(np.array(differences)), strict=True):
         rows.append(row(case, f"kdlib − P0, points, {end} end of the mean's 95 % interval", value))
     return rows
 

@@ -34,11 +34,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks import Turn, arguments, report, row, timed
+from benchmarks import Turn, arguments, report, row, save_picture, timed
 from benchmarks.batches import noise
 from benchmarks.bounds import Work, forward, training
 from benchmarks.ceilings import Ceilings, measure, rows_of
-from benchmarks.training import lane_turn
+from benchmarks.training import lanes_turn
 from kdlib import Recipe, Run, build_model, plots
 from kdlib.data import Images
 from kdlib.engine.bank import LabelBank, Shelf
@@ -105,7 +105,7 @@ def student(case: Case, device: torch.device) -> Contender:
     trainee = lane.trainee
     work = training(trainee.networks["student"], case.batch, trainee.dtype, trainee.compiled)
     name = f"{case.network}, batch {case.batch}"
-    return Contender(name, case.batch, work, partial(lane_turn, lane, 1, cold=False))
+    return Contender(name, case.batch, work, partial(lanes_turn, [lane], 1, cold=False))
 
 
 def teacher(case: Case, device: torch.device) -> Contender:
@@ -128,12 +128,13 @@ def rows_for(contender: Contender, turns: list[Reached], best: Ceilings) -> list
     seconds, cause = work.bound(best)
     about = {"cause": cause, "batch": batch, **work._asdict()}
     about |= {f"{part}_s": taken for part, taken in work.seconds(best).items()}
-    rows = [row(name, f"bound by {cause}, images/s", batch / seconds) | about]
+    name += f": bound by {cause}"
+    rows = [row(name, "bound, images/s", batch / seconds) | about]
     for k, (speed, ceilings) in enumerate(turns):
         share = speed * work.bound(ceilings)[0] / batch
         rows.append(row(name, "images/s", speed, k) | about)
         in_turn = speed * sum(work.seconds(ceilings).values()) / batch
-        rows.append(row(name, f"share of the bound by {cause}", share, k, target=LEAST) | about)
+        rows.append(row(name, "share of the bound", share, k, target=LEAST) | about)
         rows.append(row(name, "the same, were nothing to overlap", in_turn, k) | about)
     return rows
 
@@ -174,7 +175,7 @@ def draw(
         axes.set_xlim(x[0], x[-1])
         axes.set_xlabel("FLOPs a byte through memory")
         axes.set_ylabel(f"{prefix}FLOP/s")
-        axes.set_title("{device}, {threads} threads, {precision}".format(**about), loc="left")
+        axes.set_title("{device}, threads: {threads}, {precision}".format(**about), loc="left")
         plots.name_points(axes, table.x, table.reached, colors)
         label = f"{ceilings.bytes_per_s / unit:.3g} {prefix}B/s, {top:.3g} {prefix}FLOP/s"
         looks = {label: "", "bound": "_", **{text: mark for mark, text in MARKS.items()}}
@@ -212,8 +213,8 @@ def main() -> None:
     rows = rows_of(measured, device)
     for contender in contenders:
         rows += rows_for(contender, turns[contender.name], best)
+    save_picture("roofline", draw(contenders, turns, best, device), options)
     report("roofline", rows, options)
-    draw(contenders, turns, best, device).savefig(options.out / f"roofline-{device.type}.png")
 
 
 if __name__ == "__main__":

@@ -489,8 +489,10 @@ def test_a_log_file_gets_a_line_for_every_epoch(tiny, tmp_path, monkeypatch):
         assert f"{run} · epoch {k}/2 · loss " in line
     assert lines[1].endswith("0:00:00 left")
     row = trained.log.iloc[-1]
-    speed = re.search(r"· ([\d,]+) images/s · 0:00:00 left · all runs: ", lines[1])[1]
+    told = r"· ([\d.]+) epochs/s · ([\d,]+) images/s · 0:00:00 left · all runs: "
+    epochs, speed = re.search(told, lines[1]).groups()
     index, _ = epoch_batches(0, 1, 128, 9, 24)
+    assert float(epochs) == pytest.approx(1 / row.seconds, rel=0.01)
     assert int(speed.replace(",", "")) == pytest.approx(index.numel() / row.seconds, abs=1)
     assert len(lines) == 2
 

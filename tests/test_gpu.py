@@ -11,7 +11,7 @@ from kdlib import KD, Recipe, Run, build_model, load_data, store, train
 from kdlib.costs import cost_of
 from kdlib.engine import LabelBank, trainee
 from kdlib.engine import lane as lane_module
-from kdlib.engine.bank import Shelf, folded
+from kdlib.engine.bank import HOST, Shelf, folded
 from kdlib.engine.lane import Lane
 from kdlib.engine.plan import mix
 from kdlib.engine.train import BANKS
@@ -46,6 +46,7 @@ RUN = Run("digits", "resnet8-x0.5", Recipe(2, 56, 0.05, milestones=(1,)))
 
 @pytest.fixture(autouse=True)
 def same_kernels_every_time(monkeypatch):
+    monkeypatch.setenv("KDLIB_DETERMINISTIC", "1")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -592,6 +593,68 @@ def test_recoded_gradients_and_their_thresholds_do_not_depend_on_their_scaling(
     advance(half, 1)
     ours, theirs = (lane.trainee.networks["thresholds"].values for lane in (half, exact))
     torch.testing.assert_close(ours, theirs)
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def test_labels_of_the_next_epoch_are_computed_beside_training(start, gpu):
+    (teacher,) = train([RUN], device=gpu)
+    lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
+    advance(lane, lane.steps)
+    index, view = (t.flatten() for t in lane._plan(1))
+    expected = LabelBank(teacher.model(), lane.images).targets(index, view)
+    assert torch.equal(lane.next_targets.flatten(0, 1), expected)
+    lane.end_epoch()
+    lane.begin_epoch()
+    assert torch.equal(lane.targets[: lane.steps].flatten(0, 1), expected.float())
+
+
+def test_a_table_in_the_hosts_memory_gives_the_same_labels_without_a_wait(start, gpu):
+    (teacher,) = train([RUN], device=gpu)
+    lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
+    resident, spilled = (LabelBank(teacher.model(), lane.images) for _ in range(2))
+    spilled.place = HOST
+    for epoch in (0, 1, 0):
+        index, view = (t.flatten() for t in lane._plan(epoch))
+        assert torch.equal(spilled.targets(index, view), resident.targets(index, view))
+    assert spilled.logits.device == HOST
+    index, view = (t.flatten() for t in lane._plan(2))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        spilled.targets(index, view)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["KD", "STC", "KR"])
+def test_a_compiled_lane_equals_its_eager_step_and_trains_as_an_uncompiled_one(
+    start, teachers, monkeypatch, method
+):
+    made = {"KD": KD(WIDER), "STC": STC(WIDER, alpha=0.3, cut=2), "KR": IN_TURN["KR"]}
+    run = replace(RUN, method=made[method], seed=1)
+    plain = finish(start(run, capture=True))
+    monkeypatch.setenv("KDLIB_COMPILE", "always")
+    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
+    assert captured.trainee.compiled
+    assert training_log(captured) == training_log(eager)
+    assert_equal(whole(captured), whole(eager))
+    for ours, theirs in zip(captured.log, plain.log, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+
+
+def test_lanes_that_are_chosen_change_no_number(gpu, teachers, another_home, monkeypatch):
+    monkeypatch.delenv("KDLIB_LANES", raising=False)
+    recipe = replace(RUN.recipe, epochs=4)
+    runs = [replace(RUN, recipe=recipe, method=KD(WIDER), seed=seed) for seed in range(10)]
+    results = []
+    for lanes in (1, None):
+        another_home()
+        BANKS.clear()
+        results.append(train(runs, device=gpu, lanes=lanes))
+    alone, chosen = ([trained.closing["weights"] for trained in part] for part in results)
+    assert chosen == alone
 
 
 # --- a search, whose gates have an optimizer of their own and whose end depends on them -----------

@@ -39,10 +39,27 @@ def test_list_names_every_notebook_and_its_cost():
 
 
 @pytest.mark.parametrize(
+    ("cost", "seconds"),
+    [
+        ("under a minute", 30),
+        ("about two minutes", 120),
+        ("about 10 min on a T4 (estimate)", 600),
+        ("about 3 days on an H200 (estimate)", 3 * 86_400),
+        ("about 2 h on one CPU core", 7200),
+        ("the same", 0),
+    ],
+)
+def test_what_a_cost_says_is_understood(cost, seconds):
+    notebook = book.Notebook(ROOT, "rco/table1", "", {"paper": cost})
+    assert notebook.seconds("paper") == seconds
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--profile", "smok"], "Did you mean smoke"),
         (["--only", "rco/tabel1"], "Did you mean rco/table1"),
+        (["--lanes", "0"], "--lanes 0: it takes 1 or more"),
         (["--data", "cifar100"], "NAME=folder:PATH"),
         (["--data", "cifar100=folder:/nowhere"], "/nowhere has no folder train/"),
         (["--data", "cifar100=digit"], "Did you mean digits"),
@@ -65,17 +82,25 @@ def test_dry_run_names_the_jobs_and_runs_none(tmp_path):
         assert re.search(rf"^{profile} +\d", done.stdout, re.MULTILINE)
 
 
-def test_one_exhibit_runs_and_a_second_call_has_nothing_to_do(tmp_path):
-    first = run_all("--only", "rco/table3")
+def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, monkeypatch):
+    """With the real Snakemake; the two GPUs are names alone, and each job holds one of them."""
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setenv("TMPDIR", str(locks))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "one,other")
+    words = ("--only", "rco/table3,kr/figure2", "--lanes", "2")
+    first = run_all(*words)
     assert first.returncode == 0, first.stderr
-    assert "✓ rco/01_table3" in first.stdout
-    results = tmp_path / "results" / "smoke"
+    results, about = tmp_path / "results" / "smoke", []
     assert (results / "scorecard.html").exists()
-    assert (results / "rco" / "table3" / "table.md").exists()
-    executed = nbformat.read(results / "notebooks" / "rco" / "01_table3.ipynb", as_version=4)
-    assert executed.metadata.papermill.end_time
-    second = run_all("--only", "rco/table3")
-    assert "nothing to do" in second.stdout
+    for exhibit, notebook in (("rco/table3", "rco/01_table3"), ("kr/figure2", "kr/01_figure2")):
+        assert f"✓ {notebook}" in first.stdout
+        assert (results / exhibit / "table.md").exists()
+        executed = nbformat.read(results / "notebooks" / f"{notebook}.ipynb", as_version=4)
+        about.append(executed.metadata.papermill)
+    assert max(a.start_time for a in about) < min(a.end_time for a in about)
+    assert {p.stem for p in locks.glob("kdlib-gpus-*/*")} == {"one", "other"}
+    assert "nothing to do" in run_all(*words).stdout
 
 
 def test_interrupt_ends_cleanly_and_says_that_nothing_is_lost(tmp_path):

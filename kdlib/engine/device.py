@@ -64,15 +64,15 @@ def worth_compiling(device: torch.device, steps: int) -> bool:
     return steps >= COMPILED_STEPS
 
 
-def keep_large_blocks() -> None:
-    """Let glibc keep freed blocks of any size instead of mapping each large activation anew.
+def keep_large_blocks(limit: int = 1 << 30) -> None:
+    """Let glibc keep freed blocks of so many bytes instead of mapping each large activation anew.
 
     On a CPU this halves the time of evaluation and of a large teacher's sweep. Elsewhere nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, limit)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 * limit - 1)  # M_TRIM_THRESHOLD
 
 
 def training_dtype(device: torch.device) -> torch.dtype:

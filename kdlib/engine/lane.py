@@ -262,11 +262,9 @@ class Lane:
     @torch.no_grad()
     def _keep_logits(self) -> None:
         """Logits of the validation images, for whoever asks how far a student is from here."""
+        student = self.trainee.uncompiled()["student"]
         index = validation(len(self.images)).to(self.device)
-        chunks, student = (
-            index.split(EVAL_CHUNK[self.device.type]),
-            self.trainee.uncompiled()["student"],
-        )
+        chunks = index.split(EVAL_CHUNK[self.device.type])
         logits = torch.cat([student(self.images.batch(i)) for i in chunks])
         self.logits[str(self.epoch)] = store.save_logits(self.run, self.epoch, logits)
 

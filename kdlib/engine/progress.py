@@ -9,11 +9,12 @@ from tqdm import TqdmWarning
 
 
 class Progress:
-    """Counts epochs of several runs and estimates the time left.
+    """Counts epochs of several runs; tells the speed of each lane and the time left.
 
-    A bar in a terminal or a notebook; otherwise one plain line per finished run. Where
-    ``$KDLIB_LOG`` names a file, one plain line per epoch goes there in every case.
-    ``$KDLIB_PROGRESS`` = bar, lines or quiet overrules the choice.
+    It is told once an epoch, when that epoch's numbers come off the device. A bar in a terminal or
+    a notebook; otherwise one plain line per finished run. Where ``$KDLIB_LOG`` names a file, one
+    plain line per epoch goes there in every case. ``$KDLIB_PROGRESS`` = bar, lines or quiet
+    overrules the choice.
     """
 
     def __init__(self, epochs: int):
@@ -26,20 +27,21 @@ class Progress:
         """Tell that an epoch ended: its row of the log, the images it trained on, whether it is
         the run's last."""
         self.done += 1
-        speed = f"{images / row['seconds']:,.0f} images/s" if row["seconds"] else "in no time"
-        ahead = run.recipe.epochs - row["epoch"]
+        seconds, ahead = row["seconds"], run.recipe.epochs - row["epoch"]
+        speed = "in no time"
+        if seconds:
+            speed = f"{1 / seconds:.3g} epochs/s · {images / seconds:,.0f} images/s"
+        speed += f" · {_clock(seconds * ahead)} left"
         line = (
-            f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · "
-            f"loss {row['train_loss']:.3f} · test {row['test_top1']:.2f} % · {speed} · "
-            f"{_clock(row['seconds'] * ahead)} left · all runs: {self._left()} left"
+            f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · loss {row['train_loss']:.3f} · "
+            f"test {row['test_top1']:.2f} % · {speed} · all runs: {self._left()} left"
         )
         if self.log:
             with self.log.open("a") as file:
                 file.write(line + "\n")
         if self.bar is not None:
             self.bar.set_description(str(run), refresh=False)
-            told = f"test {row['test_top1']:.1f} %, {speed}"
-            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.set_postfix_str(f"test {row['test_top1']:.1f} % · {speed}", refresh=False)
             self.bar.update()
         elif self.style == "lines" and last:
             print(line, flush=True)

@@ -1,0 +1,51 @@
+"""How much a second thread helps a step on a CPU, in images/s.
+
+One thread against as many as the machine has cores, batch 64, images on the device. Where the
+ratio is below the number of cores, as many notebooks side by side with one thread each are faster
+than one notebook with all of them: ``./run_all.sh`` runs them so.
+"""
+
+import argparse
+import os
+from functools import partial
+
+import torch
+
+from benchmarks import Turn, arguments, compare, report
+from benchmarks.layouts import Contender, Setting
+from kdlib.engine.device import prepare
+
+# By the side of the images: what smoke trains, and the papers' students.
+NETWORKS = {
+    8: ("resnet8-x0.35", "resnet14-x0.5", "densenet-bc-28-6"),
+    32: ("mobilenetv2-t6-w0.5", "resnet20", "resnet56", "densenet-bc-40-12"),
+}
+
+
+def run_network(name: str, side: int, options: argparse.Namespace) -> list[dict]:
+    contender = Contender(name, side, Setting(torch.channels_last), options.device)
+    cores = os.cpu_count() or 1
+
+    def turn(threads: int) -> Turn:
+        torch.set_num_threads(threads)
+        return contender.turn("step")
+
+    contenders = {"one thread": partial(turn, 1), "all cores": partial(turn, cores)}
+    ratios = {("all cores", "one thread"): None}
+    return [*compare(f"{name}, {side}x{side}", contenders, ratios, options)]
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    prepare(options.device)
+    rows = [
+        r
+        for side, names in NETWORKS.items()
+        for name in names
+        for r in run_network(name, side, options)
+    ]
+    report("threads", rows, options)
+
+
+if __name__ == "__main__":
+    main()
