@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
+from scipy import special
 
 from kdlib import files
 
@@ -98,8 +98,8 @@ def interval(values: np.ndarray, tests: int = 1) -> tuple[float, float]:
     """t-interval of a mean at 95 %, Bonferroni-corrected for ``tests``; NaNs for one value."""
     if len(values) < 2:
         return math.nan, math.nan
-    error = stats.sem(values)
-    margin = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * tests), len(values) - 1) * error
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    margin = special.stdtrit(len(values) - 1, 1 - (1 - CONFIDENCE) / (2 * tests)) * error
     return values.mean() - margin, values.mean() + margin
 
 
@@ -242,7 +242,7 @@ def _correlation(claim: dict, cells: Cells) -> tuple[float, float, float, int] |
     r = sign * float(np.corrcoef(x, y)[0, 1])
     if len(rows) < 4 or math.isnan(r) or abs(r) >= 1:
         return r, math.nan, math.nan, len(rows)
-    margin = stats.norm.ppf((1 + CONFIDENCE) / 2) / math.sqrt(len(rows) - 3)
+    margin = special.ndtri((1 + CONFIDENCE) / 2) / math.sqrt(len(rows) - 3)
     return r, math.tanh(math.atanh(r) - margin), math.tanh(math.atanh(r) + margin), len(rows)
 
 

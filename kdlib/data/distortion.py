@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 BLOCK = 1000
 SEEDS = {"train": 20191, "test": 10534}  # any two; other ones make another data set
@@ -40,6 +39,8 @@ def _with_noise(blocks: list[np.ndarray], deviation: float, split: str) -> Itera
 
 
 def _blurred(blocks: list[np.ndarray], deviation: float, split: str) -> Iterator[np.ndarray]:
+    from scipy.ndimage import gaussian_filter  # much to import for one kind of data set
+
     for block in blocks:
         sigma = (0, deviation, deviation, 0)
         yield gaussian_filter(block.astype(np.float32), sigma, mode="nearest")
