@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BY_CPU_TIME = ", by CPU time"
 MARKER = "<!-- results -->"
+# Programs whose results stand in README.md, in this order.
+MAIN = ("training", "parity", "lanes", "roofline", "seeds")
 
 
 def arguments(doc: str, **own: dict) -> argparse.Namespace:
@@ -151,15 +153,27 @@ def short(value: float) -> str:
 
 
 def fill_readme(out: Path) -> None:
-    """Replace what stands between the README's markers by all CSVs and pictures in ``out``."""
-    sections = []
-    for path in sorted(out.glob("*.csv")):
+    """Put all CSVs and pictures in ``out`` into its README.md, and the main ones into ours."""
+    everything, main = ["# All results", "What is measured: [benchmarks](../README.md)."], []
+    for path in sorted(out.glob("*.csv"), key=_place):
         table = pd.read_csv(path)
         program, _, device = path.stem.partition("-")
         head = f"`python -m benchmarks.{program} --device {device}` on {table.machine.iloc[0]}:"
-        sections.append(f"**{program}**: {head}\n\n{as_markdown(table)}")
+        parts = [f"**{program}**: {head}", as_markdown(table)]
         if (picture := path.with_suffix(".png")).exists():
-            sections.append(f"![{program}]({os.path.relpath(picture, HERE)})")
+            parts.append(f"![{program}]({picture.name})")
+        everything += parts
+        if program in MAIN:
+            where = os.path.relpath(out, HERE)
+            # a picture says what its table does
+            short = [parts[0], parts[-1].replace("](", f"]({where}/")]
+            main += short if len(parts) > 2 else parts
+    (out / "README.md").write_text("\n\n".join(everything) + "\n")
     readme = HERE / "README.md"
     before, _, after = readme.read_text().split(MARKER)
-    readme.write_text("\n\n".join([before + MARKER, *sections, MARKER + after]))
+    readme.write_text("\n\n".join([before + MARKER, *main, MARKER + after]))
+
+
+def _place(path: Path) -> tuple[int, str]:
+    program = path.stem.partition("-")[0]
+    return (MAIN.index(program) if program in MAIN else len(MAIN), path.name)

@@ -126,7 +126,7 @@ def run_network(name: str, side: int, works: tuple, options: argparse.Namespace)
         exact = gradients.pop("channels_last")
         for other, gradient in gradients.items():
             off = (gradient - exact).norm() / exact.norm()
-            rows.append(row(case, f"gradient, {other}", off.item()))
+            rows.append(row(f"{case}, step", f"gradient, {other}", off.item()))
     ratios = {(other, "channels_last"): None for other in known if other != "channels_last"}
     for work in works:
         turns = {n: partial(c.turn, work) for n, c in contenders.items()}
