@@ -53,6 +53,7 @@ def run_pair(student: str, teacher: str, count: int, options: argparse.Namespace
                 lane.begin_epoch()  # its labels are in the bank from now on
                 lanes.append(lane)
         except torch.OutOfMemoryError:
+            lane = None  # the one that is half built
             print(f"Memory lasts for {len(lanes)} lanes of {student}.")
         contenders = {
             f"lanes: {n}": partial(lanes_turn, lanes[:n], 1, False)

@@ -120,13 +120,16 @@ def save_untrained(teacher: Run, images: Images) -> None:
 def lanes_turn(lanes: list[Lane], epochs: int, cold: bool) -> Turn:
     """Epochs of lanes side by side, timed after a step; cold banks forget their labels first.
 
-    It is the first epoch again and again: its labels and, on a GPU, the next one's are at hand.
+    It is the first epoch again and again, so that all its labels are known. On a GPU it is trained
+    with the second one's, which are computed meanwhile: as much to do.
     """
 
     def work():
         for _ in range(epochs):
             for lane in lanes:
                 lane.begin_epoch()
+            for lane in lanes:
+                lane.look_ahead()
             for _ in range(lanes[0].steps):
                 for lane in lanes:
                     lane.advance()
@@ -134,6 +137,7 @@ def lanes_turn(lanes: list[Lane], epochs: int, cold: bool) -> Turn:
 
     for lane in lanes:
         lane.begin_epoch()
+        lane.look_ahead()
         lane.advance()
     for bank in lanes[0].banks.banks.values() if cold else ():
         bank.known.zero_()

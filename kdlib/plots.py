@@ -198,6 +198,8 @@ def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
     blocks = list(blocks)
     grid = figure.subplots(3, len(blocks), gridspec_kw={"height_ratios": (8, 1, 1)}, squeeze=False)
     look = {"vmin": 0, "vmax": 1, "cmap": "cividis_r", "linewidths": 0.4, "linecolor": "white"}
+    layout = figure.get_layout_engine()
+    figure.set_layout_engine("none")  # seaborn draws the whole figure for every table
     for k, (block, column) in enumerate(zip(blocks, grid.T, strict=True)):
         inputs = block.inputs.pivot(index="source", columns="layer", values="drop_rate")
         strips = {
@@ -221,6 +223,7 @@ def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
             column[0].set_ylabel("whose channels", fontsize=7)
             for axes, name in zip(column[1:], strips, strict=True):
                 axes.set_ylabel(name, fontsize=6.5, rotation=0, ha="right", va="center")
+    figure.set_layout_engine(layout)
     shades = figure.colorbar(column[0].collections[0], ax=grid, shrink=0.8, aspect=40, pad=0.01)
     shades.set_label("drop rate: removed over present", fontsize=7)
     shades.ax.tick_params(labelsize=6)

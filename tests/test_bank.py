@@ -172,6 +172,37 @@ def test_rows_arrive_when_the_table_is_read_again(requests, spilled):
     assert not spilled.arriving
 
 
+@pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cpu", 0)])
+def test_labels_that_were_not_written_are_not_known(images, requests, monkeypatch, place):
+    """As where memory runs out in between."""
+    bank, fresh = (LabelBank(make_teacher(), images) for _ in range(2))
+    bank.place, sent = place, bank._sent
+
+    def out_of_memory(tensor):
+        if len(swept):
+            raise torch.OutOfMemoryError
+        return sent(tensor)
+
+    swept, sweep = [], bank._sweep
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "_sent", out_of_memory)
+        patch.setattr(bank, "_sweep", lambda i, v: swept.append(1) or sweep(i, v))
+        with pytest.raises(torch.OutOfMemoryError):
+            bank.targets(*requests[0])
+    assert torch.equal(bank.targets(*requests[0]), fresh.targets(*requests[0]))
+
+
+def test_the_hosts_memory_is_what_a_container_may_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(bank_module, "CGROUP", tmp_path / "memory.max")
+    monkeypatch.delenv("KDLIB_GPUS", raising=False)
+    whole = bank_module._memory(HOST)
+    for text, expected in (("max\n", whole), ("1000000\n", 1_000_000)):
+        (tmp_path / "memory.max").write_text(text)
+        assert bank_module._memory(HOST) == expected
+    monkeypatch.setenv("KDLIB_GPUS", "0,1")
+    assert bank_module._memory(HOST) == 500_000
+
+
 # --- the shelf ------------------------------------------------------------------------------------
 
 

@@ -601,16 +601,18 @@ def test_recoded_gradients_and_their_thresholds_do_not_depend_on_their_scaling(
 def test_labels_of_the_next_epoch_are_computed_beside_training(start, gpu):
     (teacher,) = train([RUN], device=gpu)
     lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
+    lane.look_ahead()
+    assert lane.next_targets
     advance(lane, lane.steps)
     index, view = (t.flatten() for t in lane._plan(1))
     expected = LabelBank(teacher.model(), lane.images).targets(index, view)
-    assert torch.equal(lane.next_targets.flatten(0, 1), expected)
+    assert torch.equal(lane.next_targets[0].flatten(0, 1), expected)
     lane.end_epoch()
     lane.begin_epoch()
     assert torch.equal(lane.targets[: lane.steps].flatten(0, 1), expected.float())
 
 
-def test_a_table_in_the_hosts_memory_gives_the_same_labels_without_a_wait(start, gpu):
+def test_a_table_in_the_hosts_memory_gives_the_same_labels(start, gpu):
     (teacher,) = train([RUN], device=gpu)
     lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
     resident, spilled = (LabelBank(teacher.model(), lane.images) for _ in range(2))
@@ -642,6 +644,31 @@ def test_a_compiled_lane_equals_its_eager_step_and_trains_as_an_uncompiled_one(
     assert_equal(whole(captured), whole(eager))
     for ours, theirs in zip(captured.log, plain.log, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+
+
+def test_beginning_and_ending_an_epoch_does_not_wait_for_the_sweep_of_another_lane(
+    start, gpu, monkeypatch
+):
+    train([RUN], device=gpu)
+    lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
+    advance(lane, lane.steps)
+    with lane.banks.aside(gpu) as done:
+        torch.cuda._sleep(2_000_000_000)  # clock cycles: about a second
+    lane.end_epoch()
+    assert not done.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", [*NEW, "CE"])
+def test_a_step_waits_for_nothing(start, teachers, name):
+    method = {"method": NEW[name]} if name in NEW else {}
+    lane = start(replace(RUN, **method), capture=False)
+    advance(lane, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lane.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_lanes_that_are_chosen_change_no_number(gpu, teachers, another_home, monkeypatch):

@@ -32,15 +32,24 @@ WAITING = {
 }
 
 
+# The same, asked of a tensor itself.
+READING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
 class Noting(TorchDispatchMode):
-    """Notes the names of all operations."""
+    """Notes the names of all operations; an index by a mask counts as one that looks for it."""
 
     def __init__(self):
         super().__init__()
         self.names = set()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.names.add(function.overloadpacket.__name__)
+        name = function.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in (arguments[1] if isinstance(arguments[1], list | tuple) else [])
+        )
+        self.names.add("nonzero" if masks else name)
         return function(*arguments, **(options or {}))
 
 
@@ -70,7 +79,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_waits_for_nothing_and_draws_nothing(tiny, name):
+def test_a_step_waits_for_nothing_and_draws_nothing(tiny, monkeypatch, name):
     teacher, make = METHODS[name]
     teacher = tiny(model=teacher or WIDER, keep=(1, 2))
     run = tiny(method=make(teacher), seed=1, start=teacher if name == "search" else None)
@@ -80,9 +89,28 @@ def test_a_step_waits_for_nothing_and_draws_nothing(tiny, name):
     lane.begin_epoch()
     lane.advance()  # what is made once is there
     before = torch.random.get_rng_state()
+    read = []
+    for method in READING:
+        monkeypatch.setattr(torch.Tensor, method, lambda *_, method=method: read.append(method))
     with Noting() as noting:
-        lane.advance()
-        lane.advance()
+        lane.step()
+        lane.step()
+    monkeypatch.undo()
+    assert not read
     assert "convolution" in noting.names
     assert not noting.names & WAITING
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("wait", "name"),
+    [
+        (lambda x: x[x > 0], "nonzero"),
+        (lambda x: torch.equal(x, x), "equal"),
+        (lambda x: torch.masked_select(x, x > 0), "masked_select"),
+    ],
+)
+def test_waiting_is_noticed(wait, name):
+    with Noting() as noting:
+        wait(torch.ones(3))
+    assert name in noting.names & WAITING

@@ -3,7 +3,8 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,8 @@ from kdlib.engine.device import half_precision
 # Images that a teacher labels at a time: what fits a CPU's cache, what fills a GPU.
 CHUNK = {"cpu": 64, "cuda": 2048}
 HOST = torch.device("cpu")
+# Where a container's or a batch job's limit of memory stands.
+CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def folded(teacher: nn.Module) -> nn.Module:
@@ -36,8 +39,8 @@ class LabelBank:
     a bank gives what the teacher would at once, to the bit. Every sweep runs chunks of one shape,
     the last filled up, so that a logit does not depend on when it was computed.
 
-    On a GPU the host waits for nothing: it knows itself which labels are there, so that sweeps can
-    run beside training.
+    On a GPU sweeps can run beside training: the host knows itself which labels are there, and waits
+    for nothing, but for the last sweep of a table that lies in its own memory.
 
     Args:
         teacher: in eval mode; folded, moved to the images' device, half precision on a GPU.
@@ -97,15 +100,14 @@ class LabelBank:
         return self._sent(self.logits[index, view])
 
     def _remember(self, index: Tensor, view: Tensor, rows: Tensor) -> None:
-        self.known[index, view] = True
         if self.place == self.device:
             self.logits[self._sent(index), self._sent(view)] = rows
-            return
-        # Written when the table is read again: the host does not wait for the sweep.
-        rows, arrived = rows.to(self.place, non_blocking=True), None
-        if self.device.type == "cuda":
-            arrived = torch.cuda.current_stream(self.device).record_event()
-        self.arriving.append((index, view, rows, arrived))
+        else:  # written when the table is read again: the host does not wait for this sweep
+            rows, arrived = rows.to(self.place, non_blocking=True), None
+            if self.device.type == "cuda":
+                arrived = torch.cuda.current_stream(self.device).record_event()
+            self.arriving.append((index, view, rows, arrived))
+        self.known[index, view] = True  # last: memory may have run out before
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On the teacher's device; from pinned memory, since the host would wait otherwise."""
@@ -135,7 +137,8 @@ class Shelf:
     teachers only the last few are at hand. Banks that no lane in training wants make room first.
     """
 
-    # Banks at hand that remember nothing or are passing: at least, and two for each lane.
+    # Banks at hand that remember nothing or are passing: at least, and for each lane those of two
+    # epochs' teachers, for training and test images.
     AT_HAND = 16
 
     def __init__(self):
@@ -148,6 +151,7 @@ class Shelf:
     def get(self, key: tuple, make: Callable[[], LabelBank]) -> LabelBank:
         """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
+            self.join()  # what runs aside may read what is dropped here, or make what is shared
             bank = make()
             if bank.images.views > 1 and key[0] in self.passing:
                 bank.place = None
@@ -178,19 +182,21 @@ class Shelf:
 
     def serve(self, lanes: int, teachers: set[str]) -> None:
         """Tell how many lanes train from now on, and whose labels they want."""
-        self.wanted, self.at_hand = teachers, max(self.AT_HAND, 2 * lanes)
+        self.wanted, self.at_hand = teachers, max(self.AT_HAND, 4 * lanes)
 
     @contextmanager
-    def aside(self, device: torch.device) -> Iterator[None]:
+    def aside(self, device: torch.device) -> Iterator[torch.cuda.Event]:
         """On a GPU, what is launched inside runs beside the lanes, after all that was launched on
-        the current stream. Whoever asks for labels then has to ``join``."""
+        the current stream. The event tells that it is done."""
         self.stream = self.stream or torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
+        done = torch.cuda.Event()
         with torch.cuda.stream(self.stream):
-            yield
+            yield done
+            done.record()
 
     def join(self) -> None:
-        """Let what is launched next wait for what runs aside."""
+        """Let what is launched next wait for all that runs aside."""
         if self.stream:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
@@ -210,6 +216,10 @@ class Shelf:
 
 
 def _memory(device: torch.device) -> int:
+    """Bytes there are for this process; of the host's, a part for each GPU's notebook."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no limit, or none that can be read
+        memory = min(memory, int(CGROUP.read_text()))
+    return memory // max(1, len(os.environ.get("KDLIB_GPUS", "").split(",")))

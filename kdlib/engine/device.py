@@ -31,20 +31,23 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 def prepare(device: torch.device) -> None:
     """Set what makes training fast in this process.
 
-    On a GPU cuDNN tries its kernels and takes the fastest, not the same ones in every run.
-    ``$KDLIB_DETERMINISTIC`` = 1 has it take the same ones always, so that two runs agree in every
+    On a GPU libraries try their kernels and take the fastest, not the same ones in every run.
+    ``$KDLIB_DETERMINISTIC`` = 1 has them take the same ones always, so that two runs agree in every
     bit on one machine, as they do on a CPU.
     """
     torch.set_flush_denormal(True)
     keep_large_blocks()
+    exact = device.type == "cuda" and os.environ.get("KDLIB_DETERMINISTIC") == "1"
     if device.type == "cuda":
-        exact = os.environ.get("KDLIB_DETERMINISTIC") == "1"
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
-        if exact:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if worth_compiling(device, COMPILED_STEPS):
         # One function is compiled for many networks; beyond the limit torch gives up.
         torch._dynamo.config.recompile_limit = 1024
         torch._dynamo.config.accumulated_recompile_limit = 4096
+        torch._inductor.config.deterministic = exact
 
 
 def worth_compiling(device: torch.device, steps: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdlib import losses, store
 from kdlib.data import Images
-from kdlib.engine.bank import Shelf
+from kdlib.engine.bank import HOST, Shelf
 from kdlib.engine.device import environment, worth_compiling
 from kdlib.engine.plan import epoch_batches, noise, validation
 from kdlib.engine.teachers import Teachers
@@ -60,7 +60,8 @@ class Lane:
         self.view = torch.zeros_like(self.index)
         self.labelled = run.method.labelled and run.method.labeller(0) is not None
         self.targets = torch.zeros((*shape, train.classes), device=self.device)
-        self.next_targets: Tensor | None = None  # those of the epoch to come, where they are ready
+        # Those of the epoch to come, and what tells that they are there.
+        self.next_targets: tuple[Tensor, torch.cuda.Event] | None = None
         noises = (*shape, run.method.noises, train.classes)
         self.noise = torch.zeros(noises, device=self.device) if run.method.noises else None
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -94,11 +95,8 @@ class Lane:
         if self.run.method.live:
             self.teachers.enliven(self.epoch, self.device)
         if self.labelled:
-            targets, self.next_targets = self.next_targets, None
-            if targets is None:
-                targets = self._labels(self.epoch)
             # Copied here, not indexed in the step: a graph would keep one bank's address for good.
-            self.targets[: self.steps].copy_(targets)
+            self.targets[: self.steps].copy_(self._due_labels())
         if self.noise is not None:
             drawn = noise(self.run.seed, self.run.epochs_before + self.epoch, self.noise.shape)
             self.noise.copy_(drawn)
@@ -113,9 +111,26 @@ class Lane:
             self._capture()
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            if self.labelled and self.epoch + 1 < self.run.recipe.epochs:
-                with self.banks.aside(self.device):  # while this epoch trains
-                    self.next_targets = self._labels(self.epoch + 1)
+
+    def look_ahead(self) -> None:
+        """On a GPU, compute the next epoch's labels while this one trains.
+
+        To be called when all lanes whose turn it is have begun their epochs: beginning and ending
+        one would wait for what is launched here.
+        """
+        ahead = self.labelled and self.epoch + 1 < self.run.recipe.epochs
+        if self.stream and ahead and self.next_targets is None:
+            with self.banks.aside(self.device) as done:
+                self.next_targets = self._labels(self.epoch + 1), done
+
+    def _due_labels(self) -> Tensor:
+        """This epoch's labels."""
+        if self.next_targets is None:
+            self.banks.join()
+            return self._labels(self.epoch)
+        (targets, done), self.next_targets = self.next_targets, None
+        torch.cuda.current_stream(self.device).wait_event(done)
+        return targets
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Images and views of an epoch's steps, on the CPU."""
@@ -146,10 +161,9 @@ class Lane:
                 self.steps = self.taken
 
     def _synchronise(self) -> None:
-        """Let what is done next wait for the steps, and for labels that are being computed."""
+        """Let what is done next wait for the steps."""
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            self.banks.join()
 
     def step(self) -> None:
         """The whole of training: gather, forward, loss, backward, update, account."""
@@ -242,15 +256,16 @@ class Lane:
         whole |= {n: part for n, part in networks.items() if isinstance(part.network, Staged)}
         whole |= self.run.method.joined(student, self.teacher, networks)
         sums = torch.zeros(len(whole), 3, device=self.device)
-        for chunk in torch.arange(len(self.test)).split(EVAL_CHUNK[self.device.type]):
-            index = chunk.to(self.device)
+        chunk = EVAL_CHUNK[self.device.type]
+        everywhere = (torch.arange(len(self.test), device=d) for d in (self.device, HOST))
+        for index, on_host in zip(*(i.split(chunk) for i in everywhere), strict=True):
             x, labels = self.test.batch(index), self.test.labels[index]
             for total, network in zip(sums, whole.values(), strict=True):
                 logits = network(x)
                 total[0] += (logits.argmax(1) == labels).sum()
                 total[1] += F.cross_entropy(logits, labels, reduction="sum")
                 if bank:
-                    taught = bank.targets(chunk, torch.full_like(chunk, self.test.centre))
+                    taught = bank.targets(on_host, torch.full_like(on_host, self.test.centre))
                     total[2] += len(index) * losses.kd(logits, taught.float(), temperature=1)
         row = {}
         for name, (top1, ce, kl) in zip(whole, (sums / len(self.test)).tolist(), strict=True):

@@ -1,5 +1,6 @@
 """Lanes: students that train side by side, as many as a device has memory and time for."""
 
+import math
 import os
 import time
 import warnings
@@ -20,73 +21,106 @@ from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite
 from kdlib.runs import Run
 
+# What errors say that tell of memory, besides torch.OutOfMemoryError.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+# Free memory that lanes may take: libraries and the driver want some as well.
+LENT = 0.9
+
+
+def asked_lanes(lanes: int | None) -> int | None:
+    """How many lanes are asked for, by an argument or by ``$KDLIB_LANES``; None leaves it open.
+
+    Raises ValueError for less than one.
+    """
+    asked = (os.environ.get("KDLIB_LANES") or None) if lanes is None else lanes
+    if asked is not None and not (str(asked).isdecimal() and int(asked)):
+        raise ValueError(f"{asked} lanes: it takes a whole number from 1 (KDLIB_LANES).")
+    return None if asked is None else int(asked)
+
 
 class Width:
-    """How many lanes run side by side.
+    """How many lanes run side by side, of runs of one data set.
 
     On a CPU one, since it keeps the CPU busy. A step of one small network leaves most of a GPU
-    idle: there the lanes are doubled while that makes all of them together faster and memory
-    lasts. Their speed is that of whole epochs, with evaluations and labels.
+    idle: there the lanes are doubled while memory lasts and all of them together get faster.
 
     Args:
-        asked: a number for every device; for None ``$KDLIB_LANES``, or what is said above.
+        asked: a number for every device; for None what is said above.
 
     Attributes:
         now: lanes that may run.
-
-    Raises ValueError for less than one.
     """
 
     FIRST, MOST = 4, 64
     # Each epoch takes longer beside more lanes: they have to bring at least so much.
     GAIN = 1.15
 
-    def __init__(self, device: torch.device, asked: int | str | None = None):
-        asked = os.environ.get("KDLIB_LANES") or None if asked is None else asked
-        if asked is not None and not (str(asked).isdecimal() and int(asked)):
-            raise ValueError(f"{asked} lanes: it takes a whole number from 1 (KDLIB_LANES).")
+    def __init__(self, device: torch.device, asked: int | None):
         self.device = device
-        self.chooses = asked is None and device.type == "cuda"
-        self.most = int(asked) if asked else self.MOST if self.chooses else 1
-        self.lane_bytes = 1  # of the lane that was opened last
-        self.restart()
-
-    def restart(self) -> None:
-        """Other runs come: what was fast for those before may not be for them."""
-        self.growing = self.chooses
-        self.now = self.before = min(self.FIRST, self.most) if self.chooses else self.most
-        self.speed = 0.0
+        self.growing = asked is None and device.type == "cuda"
+        self.most = asked or (self.MOST if self.growing else 1)
+        self.now = self.before = min(self.FIRST, self.most) if self.growing else self.most
+        # Seconds of an epoch by run, at this width and at the one before.
+        self.seconds: dict[str, float] = {}
+        self.seconds_before: dict[str, float] = {}
+        self.lane_bytes = math.inf  # of the smallest
         self.measure()
 
     def measure(self) -> None:
         """Measure from here on: the lanes are not those of before."""
-        self.images, self.told, self.since = 0, set(), time.perf_counter()
+        self.seconds, self.since = {}, time.perf_counter()
+
+    def opened(self, taken: int) -> None:
+        """Tell that a lane was opened, and the bytes it took."""
+        if taken > 0:
+            self.lane_bytes = min(self.lane_bytes, taken)
+        self.measure()
 
     def limit(self, lanes: int) -> None:
         """Memory lasts for so many, and that will not change."""
-        self.most = lanes
-        self.now, self.before = min(self.now, lanes), min(self.before, lanes)
+        self.most, self.growing = lanes, False
+        self.now = min(self.now, lanes)
 
-    def epoch_over(self, lane: Lane, lanes: int) -> None:
+    def epoch_over(self, run: str, started: float, lanes: int) -> None:
         """Tell that one of so many lanes ended an epoch; when each has, decide."""
-        self.told.add(lane.run.id)
-        if not self.growing or lanes < self.now or len(self.told) < lanes:
+        if not self.growing or started < self.since:
             return
-        speed = self.images / (time.perf_counter() - self.since)
-        if speed < self.GAIN * self.speed:
-            self.growing = False
-            self.now = self.now if speed > self.speed else self.before
-        else:
-            self.speed, self.before = speed, self.now
-            room = _free_memory(self.device) // self.lane_bytes
-            self.now = min(2 * self.now, self.now + room, self.most)
-            self.growing = self.now > self.before
+        self.seconds[run] = time.perf_counter() - started
+        if lanes < self.now or len(self.seconds) < lanes:
+            return
+        gain = self._gain()
+        if gain < self.GAIN:
+            self.growing, self.now = False, self.now if gain > 1 else self.before
+            return
+        room = int(LENT * _free_memory(self.device) // self.lane_bytes)
+        self.before, self.seconds_before = self.now, self.seconds
+        self.now = min(2 * self.now, self.now + room, self.most)
+        self.growing = self.now > self.before
+
+    def _gain(self) -> float:
+        """Speed of all lanes over what it was before, by those that were there before as well.
+
+        By these, since the others may be of larger or smaller networks.
+        """
+        if not self.seconds_before:
+            return math.inf
+        slower = [
+            now / self.seconds_before[r]
+            for r, now in self.seconds.items()
+            if r in self.seconds_before
+        ]
+        return self.now / self.before / (sum(slower) / len(slower)) if slower else 0.0
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, those that torch has in reserve among them."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Bytes of a GPU that nobody uses; what torch only keeps in reserve is given back for it."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    words = any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or words
 
 
 class Lanes:
@@ -121,15 +155,14 @@ class Lanes:
         again do so from their last saved epoch. Returns by id why a run stopped whose loss left
         the finite numbers.
         """
-        self.width.restart()
         idle, too_many = True, 0
         try:
             while self._fill():
                 idle = False
                 self._step()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             too_many = len(self.active)
-            if too_many < 2:
+            if too_many < 2 or not _out_of_memory(error):
                 raise
         finally:
             self._stop()
@@ -146,9 +179,10 @@ class Lanes:
             try:
                 self._open(run)
                 continue
-            except torch.OutOfMemoryError:
-                if not self.active:
+            except RuntimeError as error:
+                if not (self.active and _out_of_memory(error)):
                     raise
+                self._wait()  # its first steps may still run
             self._release(run)
             self.waiting.appendleft(run)
             self._shrink(len(self.active) + 1, len(self.active))
@@ -192,24 +226,21 @@ class Lanes:
             self.test = load_data(run.data, "test", self.device)
         runs = [run, *(lane.run for lane in self.active)]
         self.banks.serve(len(runs), {store.saved_fingerprint(*a) for a in label_sweeps(runs)})
-        before = self._reserved()
+        free = _free_memory(self.device) if self.width.growing else 0
         lane = Lane(run, self.images, self.test, self.banks)
         lane.begin_epoch()
-        self.width.lane_bytes = max(1, self._reserved() - before)
-        self.width.measure()
-        self.progress.skip(lane.epoch)
+        self.width.opened(free - _free_memory(self.device) if self.width.growing else 0)
+        self.progress.begin(run, lane.epoch)
         self.active.append(lane)
-
-    def _reserved(self) -> int:
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _step(self) -> None:
         """A step of every lane, and the end of the epochs whose last it was."""
         for lane in self.active:  # all are under way before the host waits for any
             lane.advance()
         for lane in self.active:
+            lane.look_ahead()
+        for lane in self.active:
             lane.look()
-            self.width.images += lane.run.recipe.batch
         for lane in [lane for lane in self.active if lane.taken == lane.steps]:
             self._end_epoch(lane)
 
@@ -217,11 +248,12 @@ class Lanes:
         try:
             row = lane.end_epoch()
         except NotFinite as error:
-            self.failures[lane.run.id] = error
+            # without the frames, which would keep the lane alive
+            self.failures[lane.run.id] = error.with_traceback(None)
             self._leave(lane)
             return
         self.progress.epoch(lane.run, row, lane.taken * lane.run.recipe.batch, lane.finished)
-        self.width.epoch_over(lane, len(self.active))
+        self.width.epoch_over(lane.run.id, lane.started, len(self.active))
         if not lane.finished:
             lane.begin_epoch()
             return
@@ -235,11 +267,17 @@ class Lanes:
         self._release(lane.run)
         self.width.measure()
 
+    def _wait(self) -> None:
+        """A graph must not write to memory that was handed on."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _stop(self) -> None:
         """However it ended, nothing is held any longer."""
-        if self.device.type == "cuda":  # a graph must not write to memory that was handed on
-            torch.cuda.synchronize(self.device)
-        self.active.clear()
-        for lock in self.locks.values():
-            lock.close()
-        self.locks.clear()
+        try:
+            self._wait()
+        finally:
+            self.active.clear()
+            for lock in self.locks.values():
+                lock.close()
+            self.locks.clear()

@@ -19,14 +19,26 @@ class Progress:
 
     def __init__(self, epochs: int):
         self.epochs, self.done, self.started = epochs, 0, time.monotonic()
+        self.reached: dict[str, int] = {}  # epochs of each run that are not to come
         self.style = os.environ.get("KDLIB_PROGRESS") or _style()
         self.bar = _bar(epochs) if self.style == "bar" and epochs else None
         self.log = Path(os.environ["KDLIB_LOG"]) if os.environ.get("KDLIB_LOG") else None
+
+    def begin(self, run, epoch: int) -> None:
+        """Tell that a run goes on after so many epochs, saved before or here."""
+        lost = self.reached.get(run.id, 0) - epoch
+        if run.id in self.reached:
+            self.done -= lost
+        else:
+            self.epochs += lost
+        self.reached[run.id] = epoch
+        self._renew()
 
     def epoch(self, run, row: dict, images: int, last: bool) -> None:
         """Tell that an epoch ended: its row of the log, the images it trained on, whether it is
         the run's last."""
         self.done += 1
+        self.reached[run.id] = row["epoch"]
         seconds, ahead = row["seconds"], run.recipe.epochs - row["epoch"]
         speed = "in no time"
         if seconds:
@@ -42,15 +54,19 @@ class Progress:
         if self.bar is not None:
             self.bar.set_description(str(run), refresh=False)
             self.bar.set_postfix_str(f"test {row['test_top1']:.1f} % · {speed}", refresh=False)
-            self.bar.update()
+            self._renew()
+            self.bar.refresh()
         elif self.style == "lines" and last:
             print(line, flush=True)
 
     def skip(self, epochs: int) -> None:
         """Tell that so many epochs are not needed."""
         self.epochs -= epochs
+        self._renew()
+
+    def _renew(self) -> None:
         if self.bar is not None:
-            self.bar.total = self.epochs
+            self.bar.n, self.bar.total = self.done, self.epochs
 
     def close(self) -> None:
         if self.bar is not None:

@@ -11,7 +11,7 @@ from kdlib import store
 from kdlib.engine.bank import Shelf
 from kdlib.engine.budget import label_sweeps
 from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.lanes import Lanes, Width
+from kdlib.engine.lanes import Lanes, Width, asked_lanes
 from kdlib.engine.missing import incomplete, merge, parents_of
 from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite, NothingFound, StoreError
@@ -74,24 +74,24 @@ def train(
     runs, device = list(runs), pick_device(device)
     searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
     runs = [run.following(None) if k in searches else run for k, run in enumerate(runs)]
+    lanes = asked_lanes(lanes)
     prepare(device)
-    width = Width(device, lanes)
     failures: dict[str, NotFinite] = {}
     without: dict[int, NothingFound] = {}
     while searches:
-        _ensure(runs, device, width, weights, failures)
+        _ensure(runs, device, lanes, weights, failures)
         for k, search in [*searches.items()]:
             following = None
             if runs[k].id not in failures:
                 try:
-                    following = _following(search, runs[k], device, width, failures)
+                    following = _following(search, runs[k], device, lanes, failures)
                 except NothingFound as error:
                     without[k] = error
             if following:
                 runs[k] = following
             else:
                 del searches[k]
-    _ensure(runs, device, width, weights, failures)
+    _ensure(runs, device, lanes, weights, failures)
     # told when all others are done: one that fails does not hold them up
     errors = [*{str(e): e for e in [*failures.values(), *without.values()]}.values()]
     if errors and not partial:
@@ -105,19 +105,23 @@ def train(
 
 
 def _following(
-    search: Search, run: Run, device: torch.device, width: Width, failures: dict[str, NotFinite]
+    search: Search,
+    run: Run,
+    device: torch.device,
+    lanes: int | None,
+    failures: dict[str, NotFinite],
 ) -> Run | None:
     try:
         return search.following(store.find_record(run))
     except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure([run, *search.looks_at(run)], device, width, weights=True, failures=failures)
+        _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
         return search.following(store.find_record(run))
 
 
 def _ensure(
     mentions: list[Run],
     device: torch.device,
-    width: Width,
+    lanes: int | None,
     weights: bool,
     failures: dict[str, NotFinite],
 ) -> None:
@@ -130,7 +134,7 @@ def _ensure(
     if not (missing := {run.id for run in incomplete(runs, weights)}):
         return
     parents = parents_of([m for m in mentions if m.id in missing])
-    _ensure(parents, device, width, weights=True, failures=failures)
+    _ensure(parents, device, lanes, weights=True, failures=failures)
     for run in runs:
         if failed := [parent.id for parent, _ in run.parents if parent.id in failures]:
             failures[run.id] = failures[failed[0]]
@@ -139,12 +143,13 @@ def _ensure(
     sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
     BANKS.expect({teacher for teacher, s in sweeps.items() if not s.worth(WORTH)})
     progress = Progress(sum(run.recipe.epochs for run in missing))
+    widths = {(run.data, run.images): Width(device, lanes) for run in missing}
     try:
         while missing:
-            for data, images in {(run.data, run.images) for run in missing}:
-                together = [r for r in missing if (r.data, r.images) == (data, images)]
-                lanes = Lanes(together, device, width, BANKS, progress, weights)
-                failures.update(lanes.train())
+            for what in {(run.data, run.images) for run in missing}:
+                together = [run for run in missing if (run.data, run.images) == what]
+                group = Lanes(together, device, widths[what], BANKS, progress, weights)
+                failures.update(group.train())
             missing = [run for run in incomplete(missing, weights) if run.id not in failures]
     finally:
         progress.close()
