@@ -1,12 +1,15 @@
 """What is set for a device, and what compiling does."""
 
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from kdlib import KD, build_model, train
-from kdlib.engine.device import COMPILED_STEPS, InFloat32, worth_compiling
+from kdlib.engine.device import COMPILED_STEPS, InFloat32, prepare, worth_compiling
 from kdlib.methods import KR, STC, AttentionTransfer, GateSearch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -44,23 +47,47 @@ def test_an_unknown_wish_is_refused(monkeypatch):
         worth_compiling(CPU, 1)
 
 
+@pytest.mark.parametrize(("asked", "exact"), [("1", True), ("", False)])
+def test_deterministic_is_all_libraries(monkeypatch, asked, exact):
+    monkeypatch.setenv("KDLIB_DETERMINISTIC", asked)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cudnn, inductor = torch.backends.cudnn, torch._inductor.config
+    for module, flag in ((cudnn, "deterministic"), (cudnn, "benchmark")):
+        monkeypatch.setattr(module, flag, getattr(module, flag))
+    with inductor.patch(deterministic=not exact):
+        try:
+            prepare(GPU)
+            assert (cudnn.deterministic, cudnn.benchmark) == (exact, not exact)
+            assert torch.are_deterministic_algorithms_enabled() == exact
+            assert inductor.deterministic == exact
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == exact
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 # --- compiled lanes -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     """What is compiled from now on: all, by the compiler's front end, which takes no minutes."""
-    methods, compile, prepare = [], torch.compile, InFloat32._prepare
+    found, compile, make = SimpleNamespace(methods=[], graphs=0), torch.compile, InFloat32._prepare
 
     def note(called, name):
         if called.compiled:
-            methods.append(name)
-        return prepare(called, name)
+            found.methods.append(name)
+        return make(called, name)
+
+    def by_front_end(graph, inputs):
+        found.graphs += 1
+        return aot_eager(graph, inputs)
 
     monkeypatch.setenv("KDLIB_COMPILE", "always")
-    monkeypatch.setattr(torch, "compile", partial(compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=by_front_end))
     monkeypatch.setattr(InFloat32, "_prepare", note)
-    yield methods
+    yield found
     torch._dynamo.reset()
 
 
@@ -81,9 +108,11 @@ def test_a_compiled_lane_trains_as_an_eager_one(tiny, elsewhere, compiled, monke
     with monkeypatch.context() as patch:
         patch.setenv("KDLIB_COMPILE", "never")
         (eager,) = elsewhere(run)
-    del compiled[:]
+    compiled.methods.clear()
+    before = compiled.graphs
     ours = train([run])[0]
-    assert called <= set(compiled)
+    assert called <= set(compiled.methods)
+    assert compiled.graphs - before >= len(compiled.methods)
     assert ours.closing["environment"]["compiled"]
     assert not eager.closing["environment"]["compiled"]
     terms = [c for c in eager.log if c.startswith(("train", "test"))]
@@ -94,12 +123,12 @@ def test_a_compiled_search_calls_its_gated_network_compiled(tiny, compiled):
     dense = tiny(epochs=1, model="densenet-bc-16-4")
     method = GateSearch(dense, budget=0.9, strength=0.5, rate=0.05)
     train([tiny(method=method, model="densenet-bc-16-4", start=dense)])
-    assert "with_weights" in compiled
+    assert "with_weights" in compiled.methods
 
 
 def test_evaluation_is_not_compiled(tiny, compiled):
     train([tiny()])
-    assert compiled == ["__call__"]
+    assert (compiled.methods, compiled.graphs) == (["__call__"], 1)
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -111,4 +140,4 @@ def test_answers_are_in_float32(compiled, flag):
     answers += [called.head(network.stages(x)[-1]), called.with_weights({}, x)]
     assert {answer.dtype for answer in answers} == {torch.float32}
     torch.testing.assert_close(answers[0].double(), network(x), rtol=1e-5, atol=1e-6)
-    assert bool(compiled) == flag
+    assert bool(compiled.graphs) == flag

@@ -659,6 +659,20 @@ def test_beginning_and_ending_an_epoch_does_not_wait_for_the_sweep_of_another_la
     torch.cuda.synchronize()
 
 
+def test_memory_of_a_dropped_bank_is_not_handed_on_while_it_is_read(start, gpu):
+    (teacher,) = train([RUN], device=gpu)
+    lane = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
+    shelf = Shelf()
+    shelf.get(("a",), lambda: LabelBank(teacher.model(), lane.images))
+    with shelf.aside(gpu):
+        torch.cuda._sleep(2_000_000_000)  # clock cycles: about a second
+    shelf._drop([("a",)])
+    assert len(shelf.leaving) == 1
+    torch.cuda.synchronize()
+    shelf._drop([])
+    assert not shelf.leaving
+
+
 @pytest.mark.parametrize("name", [*NEW, "CE"])
 def test_a_step_waits_for_nothing(start, teachers, name):
     method = {"method": NEW[name]} if name in NEW else {}

@@ -147,21 +147,29 @@ class Shelf:
         self.passing: set[str] = set()
         self.at_hand = self.AT_HAND
         self.stream: torch.cuda.Stream | None = None
+        self.leaving: list[tuple[LabelBank, torch.cuda.Event]] = []
 
     def get(self, key: tuple, make: Callable[[], LabelBank]) -> LabelBank:
         """The bank of ``key``, which begins with the teacher's fingerprint; ``make`` it if new."""
         if key not in self.banks:
-            self.join()  # what runs aside may read what is dropped here, or make what is shared
+            self.join()  # the teacher that it shares with another may just be made aside
             bank = make()
             if bank.images.views > 1 and key[0] in self.passing:
                 bank.place = None
             elif not self._settle(bank, [bank.device]):
-                self.banks = {k: b for k, b in self.banks.items() if k[0] in self.wanted}
+                self._drop([k for k in self.banks if k[0] not in self.wanted])
                 self._settle(bank, [bank.device, HOST])
-            for surplus in self._dispensable()[: 1 - self.at_hand]:
-                del self.banks[surplus]
+            self._drop(self._dispensable()[: 1 - self.at_hand])
             self.banks[key] = bank
         return self.banks[key]
+
+    def _drop(self, keys: list[tuple]) -> None:
+        """Forget banks; their memory is handed on when what runs aside no longer reads it."""
+        self.leaving = [(bank, read) for bank, read in self.leaving if not read.query()]
+        for key in keys:
+            bank = self.banks.pop(key)
+            if self.stream:
+                self.leaving.append((bank, self.stream.record_event()))
 
     def _settle(self, bank: LabelBank, places: list[torch.device]) -> bool:
         """Give a bank the first of these places that has room for its table, or none."""
@@ -176,7 +184,10 @@ class Shelf:
         return [k for k, b in self.banks.items() if b.place is None or k[0] in self.passing]
 
     def expect(self, passing: set[str]) -> None:
-        """Tell which teachers are passing from now on; those that were may remember anew."""
+        """Tell which teachers are passing from now on; those that were may remember anew.
+
+        When nothing runs aside.
+        """
         self.banks = {k: b for k, b in self.banks.items() if k[0] not in self.passing}
         self.passing = passing
 
@@ -208,7 +219,9 @@ class Shelf:
         return None
 
     def clear(self) -> None:
+        """Forget all banks, when nothing runs aside."""
         self.banks.clear()
+        self.leaving.clear()
 
     def _fits(self, bank: LabelBank) -> bool:
         banks = [*self.banks.values(), bank]
