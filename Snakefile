@@ -15,6 +15,7 @@ DATA = config.get("data")
 ONLY = [name for name in str(config.get("only") or "").split(",") if name]
 RESULTS = Path(os.environ.get("KDLIB_RESULTS") or Path(workflow.basedir) / "results") / FOLDER
 HOME = Path(os.environ.get("KDLIB_HOME") or Path(workflow.basedir) / "runs")
+SEEDS = [seed for seed in str(config.get("seeds") or "").split(",") if seed]
 ALL = {n.exhibit: n for n in book.notebooks()}
 EXHIBITS = [name for name in ALL if name != book.SCORECARD and (not ONLY or name in ONLY)]
 CODE = book.code_hash()
@@ -28,14 +29,52 @@ def done(exhibit):
     return RESULTS / ".done" / exhibit.replace("/", "-")
 
 
-def command(exhibit, **parameters):
+def command(program, exhibit, argument):
+    """``program`` on an exhibit's notebook, with the parameters of this profile."""
+    parameters = {"profile": PROFILE, "data": DATA}
     values = [f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in parameters.items()]
-    words = ["python", book.ROOT / "workflow" / "execute.py", ALL[exhibit].path]
-    return " ".join([*(shlex.quote(str(w)) for w in (*words, executed(exhibit))), *values])
+    words = ["python", book.ROOT / "workflow" / program, ALL[exhibit].path, argument]
+    return " ".join([*(shlex.quote(str(word)) for word in words), *values])
+
+
+def shards(exhibit):
+    """Jobs that each train one seed of it: what they write when they are done."""
+    return [done(f"{exhibit}-seed{seed}") for seed in SEEDS if ALL[exhibit].trains]
+
+
+def about(exhibit):
+    """What a job depends on besides its files, and where its progress goes."""
+    return {
+        "code": CODE,
+        "keep_route": os.environ.get("KDLIB_KEEP_ROUTE", "1"),
+        "progress": HOME / "logs" / FOLDER / (exhibit.replace("/", "-") + ".log"),
+    }
+
+
+RUN = (
+    "mkdir -p $(dirname {params.progress:q}) && "
+    "OMP_NUM_THREADS={threads} KDLIB_PROGRESS=lines KDLIB_LOG={params.progress:q} "
+    "{params.command}"
+)
 
 
 rule all:
     input: done(book.SCORECARD)
+
+
+for name in EXHIBITS:
+    for seed in SEEDS if ALL[name].trains else []:
+        rule:
+            name: f"{book.job_name(name)}_seed{seed}"
+            input: ALL[name].path
+            output: touch(done(f"{name}-seed{seed}"))
+            params:
+                **about(f"{name}-seed{seed}"),
+                command=command("shard.py", name, seed),
+            priority: ALL[name].seconds(PROFILE)
+            threads: int(config.get("threads", 1))
+            resources: gpu=1
+            shell: RUN
 
 
 # The executed copy is a log: it stays when a job fails. Weights are no outputs either: Snakemake
@@ -43,22 +82,17 @@ rule all:
 for name in EXHIBITS:
     rule:
         name: book.job_name(name)
-        input: ALL[name].path
+        input: ALL[name].path, shards(name)
         output: touch(done(name))
         log: executed(name)
         params:
-            code=CODE,
-            keep_route=os.environ.get("KDLIB_KEEP_ROUTE", "1"),
-            command=command(name, profile=PROFILE, data=DATA),
-            progress=HOME / "logs" / FOLDER / (name.replace("/", "-") + ".log"),
+            **about(name),
+            command=command("execute.py", name, executed(name)),
         # The longest first, or it would run alone in the end.
         priority: ALL[name].seconds(PROFILE)
         threads: int(config.get("threads", 1))
         resources: gpu=1
-        shell:
-            "mkdir -p $(dirname {params.progress:q}) && "
-            "OMP_NUM_THREADS={threads} KDLIB_PROGRESS=lines KDLIB_LOG={params.progress:q} "
-            "{params.command}"
+        shell: RUN
 
 
 rule:
@@ -68,5 +102,5 @@ rule:
     log: executed(book.SCORECARD)
     params:
         code=CODE,
-        command=command(book.SCORECARD, profile=PROFILE, data=DATA),
+        command=command("execute.py", book.SCORECARD, executed(book.SCORECARD)),
     shell: "{params.command}"

@@ -50,7 +50,7 @@ def test_list_names_every_notebook_and_its_cost():
     ],
 )
 def test_what_a_cost_says_is_understood(cost, seconds):
-    notebook = book.Notebook(ROOT, "rco/table1", "", {"paper": cost})
+    notebook = book.Notebook(ROOT, "rco/table1", "", {"paper": cost}, trains=True)
     assert notebook.seconds("paper") == seconds
 
 
@@ -83,23 +83,36 @@ def test_dry_run_names_the_jobs_and_runs_none(tmp_path):
 
 
 def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, monkeypatch):
-    """With the real Snakemake; the two GPUs are names alone, and each job holds one of them."""
+    """With the real Snakemake; the two GPUs are names alone, and each job holds one of them.
+
+    Table 3 trains nothing; of Table 1 each of two seeds is a job, and the notebook finds all.
+    """
     locks = tmp_path / "locks"
     locks.mkdir()
     monkeypatch.setenv("TMPDIR", str(locks))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "one,other")
-    words = ("--only", "rco/table3,kr/figure2", "--lanes", "2")
+    words = ("--only", "rco/table3,rco/table1", "--lanes", "2", "--by-seed")
     first = run_all(*words)
     assert first.returncode == 0, first.stderr
-    results, about = tmp_path / "results" / "smoke", []
-    assert (results / "scorecard.html").exists()
-    for exhibit, notebook in (("rco/table3", "rco/01_table3"), ("kr/figure2", "kr/01_figure2")):
-        assert f"✓ {notebook}" in first.stdout
-        assert (results / exhibit).is_dir()
-        executed = nbformat.read(results / "notebooks" / f"{notebook}.ipynb", as_version=4)
-        about.append(executed.metadata.papermill)
-    assert max(a.start_time for a in about) < min(a.end_time for a in about)
+    lines = first.stdout.splitlines()
+    done = [
+        lines.index(next(t for t in lines if f"✓ rco/02_table1, seed {k}" in t)) for k in (0, 1)
+    ]
+    begun = [lines.index(f"  … rco/02_table1, seed {k}") for k in (0, 1)]
+    assert max(begun) < min(done)
+    assert max(done) < lines.index("  … rco/02_table1")
+    assert "rco/01_table3, seed" not in first.stdout
     assert {p.stem for p in locks.glob("kdlib-gpus-*/*")} == {"one", "other"}
+    logs = tmp_path / "home" / "logs" / "smoke"
+    assert all("epoch 12/12" in (logs / f"rco-table1-seed{k}.log").read_text() for k in (0, 1))
+    assert not (logs / "rco-table1.log").exists()  # nothing was left for the notebook
+    results = tmp_path / "results" / "smoke"
+    assert (results / "scorecard.html").exists()
+    for exhibit, notebook in (("rco/table3", "rco/01_table3"), ("rco/table1", "rco/02_table1")):
+        assert f"✓ {notebook} " in first.stdout
+        assert (results / exhibit / "table.md").exists()
+        executed = nbformat.read(results / "notebooks" / f"{notebook}.ipynb", as_version=4)
+        assert executed.metadata.papermill.end_time
     assert "nothing to do" in run_all(*words).stdout
 
 

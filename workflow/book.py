@@ -18,12 +18,14 @@ class Notebook:
     Attributes:
         exhibit: what it reproduces, such as ``rco/table1``.
         cost: expected time by profile, measured or said to be an estimate.
+        trains: whether it calls ``train``.
     """
 
     path: Path
     exhibit: str
     title: str
     cost: dict[str, str]
+    trains: bool
 
     def seconds(self, profile: str) -> int:
         """About what its cost says; 0 where that names no time, as in "the same"."""
@@ -39,8 +41,11 @@ def notebooks() -> list[Notebook]:
     """All notebooks in reading order, the scorecard last."""
     found = []
     for path in [*ROOT.glob("notebooks/[0-9]*.ipynb"), *ROOT.glob("notebooks/*/[0-9]*.ipynb")]:
-        about = json.loads(path.read_text())["metadata"]["kdlib"]
-        found.append(Notebook(path, about["exhibit"], about["title"], about["cost"]))
+        content = json.loads(path.read_text())
+        about = content["metadata"]["kdlib"]
+        code = ["".join(c["source"]) for c in content["cells"] if c["cell_type"] == "code"]
+        trains = any(re.search(r"\btrain\(", source) for source in code)
+        found.append(Notebook(path, about["exhibit"], about["title"], about["cost"], trains))
     chapters = ["book", "rco", "stc", "search", "kr"]
     return sorted(
         found,

@@ -3,20 +3,17 @@
 python workflow/forecast.py [PROFILE ...]      all profiles without arguments
 """
 
-import contextlib
-import json
-import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import book
+from declared import asked_for
 
 import kdlib
 from kdlib.engine.budget import ancestry, label_sweeps
-from kdlib.errors import DataError
 from kdlib.profiles import PROFILES
 from kdlib.runs import Run
 
@@ -24,40 +21,12 @@ from kdlib.runs import Run
 ROUTE_LOGITS = 2_000_000
 
 
-class Declared(Exception):
-    """Carries the runs that a notebook asked for instead of training them."""
-
-
 def declared(notebook: book.Notebook, **parameters) -> list[Run]:
-    """The runs of a notebook's call of ``train``, those of a search as it foresees them.
-
-    Its cells are executed up to there; one that calls it nowhere is left alone.
-    """
-
-    def stop(runs, **options):
-        rows = runs.values() if isinstance(runs, Mapping) else [runs]
-        raise Declared([run for row in rows for run in row])
-
-    code = [c for c in json.loads(notebook.path.read_text())["cells"] if c["cell_type"] == "code"]
-    if not any(re.search(r"\btrain\(", "".join(cell["source"])) for cell in code):
-        return []
-    namespace, train, kdlib.train = {}, kdlib.train, stop
-    try:
-        for cell in code:
-            tags = cell["metadata"].get("tags", [])
-            if "install" not in tags:
-                # prints go nowhere, nor do pictures of data that is not there yet
-                with contextlib.redirect_stdout(None), contextlib.suppress(DataError):
-                    exec("".join(cell["source"]), namespace)
-                namespace |= parameters if "parameters" in tags else {}
-    except Declared as asked:
-        runs: list[Run] = []
-        for item in asked.args[0]:
-            runs += [item] if isinstance(item, Run) else item.foreseen()
-        return runs
-    finally:
-        kdlib.train = train
-    raise ValueError(f"{notebook.path} speaks of train and did not call it.")
+    """The runs of a notebook's call of ``train``, those of a search as it foresees them."""
+    runs: list[Run] = []
+    for item in asked_for(notebook, **parameters):
+        runs += [item] if isinstance(item, Run) else item.foreseen()
+    return runs
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ def parse() -> argparse.Namespace:
         help="what stands in for a data set; may be given several times",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, help="notebooks at a time (default: by cores or GPUs)")
+    parser.add_argument(
+        "--by-seed", action="store_true",
+        help="train each seed of a notebook in a job of its own first, for several GPUs or nodes",
+    )  # fmt: skip
     parser.add_argument("--executor", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--lanes", type=int, metavar="N",
@@ -137,6 +141,7 @@ def snakemake(arguments: argparse.Namespace) -> list[str]:
         "folder": arguments.book.folder,
         "only": arguments.only,
         "data": json.dumps(arguments.data) if arguments.data else None,
+        "seeds": ",".join(map(str, arguments.book.seeds)) if arguments.by_seed else None,
     }
     command = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
