@@ -7,6 +7,7 @@ turns (A B C, A B C, …), a ratio is taken within a round, and its median and r
 import argparse
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,11 +35,17 @@ def arguments(doc: str, **own: dict) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for CSVs and pictures")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for CSVs and pictures, written over"
+    )
     parser.add_argument("--write", action="store_true", help="put the CSVs' tables into README.md")
     for name, settings in own.items():
         parser.add_argument(f"--{name}", **settings)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: it takes 1 or more.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here.")
     options.device = pick_device(options.device)
     return options
 
@@ -146,10 +153,10 @@ def save_picture(program: str, figure: Figure, options: argparse.Namespace) -> N
 
 def short(value: float) -> str:
     """Three significant digits."""
-    if value < 0.01:
+    if abs(value) < 0.01:
         return f"{value:.2g}"
     rounded = float(f"{value:.3g}")
-    return f"{rounded:,.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
+    return f"{rounded:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def fill_readme(out: Path) -> None:
@@ -158,7 +165,10 @@ def fill_readme(out: Path) -> None:
     for path in sorted(out.glob("*.csv"), key=_place):
         table = pd.read_csv(path)
         program, _, device = path.stem.partition("-")
-        head = f"`python -m benchmarks.{program} --device {device}` on {table.machine.iloc[0]}:"
+        machine = table.machine.iloc[0]
+        threads = re.search(r"threads: (\d+)", machine)[1]
+        setting = f"OMP_NUM_THREADS={threads} " if device == "cpu" else ""
+        head = f"`{setting}python -m benchmarks.{program} --device {device}` on {machine}:"
         parts = [f"**{program}**: {head}", as_markdown(table)]
         if (picture := path.with_suffix(".png")).exists():
             parts.append(f"![{program}]({picture.name})")

@@ -78,9 +78,9 @@ def draw(table: pd.DataFrame) -> Figure:
     with style():
         figure = Figure(figsize=(4.6, 3.2))
         axes = figure.subplots()
-        for which, name in (("labels, live", "live"), ("labels, banked", "in the bank")):
-            axes.plot(cost.index, cost.training + cost[which], label=f"and teachers' labels {name}")
-        axes.plot(cost.index, cost.training, label="training, teachers and students")
+        for which, name in (("labels, live", "live"), ("labels, banked", "banked")):
+            axes.plot(cost.index, cost.training + cost[which], label=f"training + labels, {name}")
+        axes.plot(cost.index, cost.training, label="training alone")
         axes.set(xlabel="seeds", ylabel="multiply-accumulates, 10¹⁸", xticks=SEEDS, ylim=0)
         axes.legend()
     return figure

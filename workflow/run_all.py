@@ -82,6 +82,9 @@ def parse() -> argparse.Namespace:
         if number < 1:
             parser.error(f"--{option.replace('_', '-')} {number}: it takes 1 or more.")
         os.environ[f"KDLIB_{option.upper()}"] = str(number)
+    lanes = os.environ.get("KDLIB_LANES") or "1"
+    if not (lanes.isdecimal() and int(lanes)):
+        parser.error(f"KDLIB_LANES={lanes}: it takes 1 or more.")
     try:
         arguments.book = _checked(arguments)
     except (KdlibError, ValueError) as error:
