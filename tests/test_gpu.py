@@ -683,6 +683,7 @@ def test_a_step_waits_for_nothing(start, teachers, name):
         lane.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert lane.cursor.item() == 3
 
 
 def test_lanes_that_are_chosen_change_no_number(gpu, teachers, another_home, monkeypatch):

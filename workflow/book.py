@@ -1,5 +1,6 @@
 """The notebooks of the book, in reading order, and what each says of itself."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -53,6 +54,15 @@ def notebooks() -> list[Notebook]:
             n.exhibit == SCORECARD, chapters.index(n.exhibit.partition("/")[0]), n.path.name,
         ),
     )  # fmt: skip
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a program that works on a notebook, its parameters as a dictionary."""
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON")
+    arguments = parser.parse_args()
+    pairs = (pair.partition("=") for pair in arguments.set)
+    arguments.parameters = {name: json.loads(value) for name, _, value in pairs}
+    return arguments
 
 
 def job_name(exhibit: str) -> str:

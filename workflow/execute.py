@@ -4,13 +4,13 @@ python workflow/execute.py NOTEBOOK OUTPUT [--set NAME=JSON ...]
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import book
 import gpu_slot
 import nbformat
 import papermill
@@ -63,15 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON")
-    arguments = parser.parse_args()
-    pairs = (pair.partition("=") for pair in arguments.set)
-    parameters = {name: json.loads(value) for name, _, value in pairs}
+    arguments = book.parse(parser)
     name = arguments.notebook.stem
     print(f"  … {arguments.notebook.parent.name}/{name}", flush=True)
     try:
         with gpu_slot.gpu_slot():
-            seconds = execute(arguments.notebook, arguments.output, parameters)
+            seconds = execute(arguments.notebook, arguments.output, arguments.parameters)
     except DeadKernelError as error:
         print(f"  ✗ {name}: the kernel died, as it does when memory runs out", flush=True)
         sys.exit(str(error))

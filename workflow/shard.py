@@ -4,7 +4,6 @@ python workflow/shard.py NOTEBOOK SEED [--set NAME=JSON ...]
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,10 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("seed", type=int)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON")
-    arguments = parser.parse_args()
-    pairs = (pair.partition("=") for pair in arguments.set)
-    parameters = {name: json.loads(value) for name, _, value in pairs}
+    arguments = book.parse(parser)
     (notebook,) = [n for n in book.notebooks() if n.path == arguments.notebook.resolve()]
     name = f"{notebook.path.parent.name}/{notebook.path.stem}, seed {arguments.seed}"
     print(f"  … {name}", flush=True)
@@ -29,7 +25,7 @@ def main() -> None:
 
         import kdlib
 
-        runs = asked_for(notebook, seeds=[arguments.seed], **parameters)
+        runs = asked_for(notebook, seeds=[arguments.seed], **arguments.parameters)
         kdlib.train(runs, partial=True)  # what failed is the notebook's to tell
     print(f"  ✓ {name} · {time.monotonic() - started:.0f} s", flush=True)
 

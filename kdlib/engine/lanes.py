@@ -78,8 +78,7 @@ class Width:
 
     def limit(self, lanes: int) -> None:
         """Memory lasts for so many, and that will not change."""
-        self.most, self.growing = lanes, False
-        self.now = min(self.now, lanes)
+        self.now, self.growing = min(self.now, lanes), False
 
     def epoch_over(self, run: str, started: float, lanes: int) -> None:
         """Tell that one of so many lanes ended an epoch; when each has, decide."""
@@ -119,8 +118,9 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    words = any(words in str(error) for words in NO_MEMORY)
-    return isinstance(error, torch.OutOfMemoryError) or words
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 class Lanes:
