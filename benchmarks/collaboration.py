@@ -23,17 +23,17 @@ from torch import Tensor
 from benchmarks import arguments, compare, report, row
 from benchmarks.training import RECIPE, lanes_turn, noise_folder, save_untrained
 from kdlib import STC, Run, load_data
-from kdlib.engine.bank import Shelf
-from kdlib.engine.lane import Lane
+from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.trainer import Trainer
 
 # Student and teacher of STC's Tables 1 and 2, both cut after the second of three stages.
 PAIRS = [("resnet20", "resnet56"), ("wrn-16-1", "wrn-16-2"), ("resnet20", "resnet110")]
 IMAGES = {"cpu": 512, "cuda": 12_800}
 
 
-def step_bytes(lane: Lane) -> int:
+def step_bytes(lane: Trainer) -> int:
     """What a step saves for its backward pass besides weights, and all gradients after it."""
-    networks = [*filter(None, [lane.teachers.live]), lane.trainee.networks]
+    networks = [*filter(None, [lane.teachers.live]), lane.state.networks]
     weights = {t.data_ptr() for net in networks for t in net.state_dict().values()}
     saved: dict[int, int] = {}
 
@@ -59,7 +59,7 @@ def run_pair(student: str, teacher: str, options: argparse.Namespace) -> list[di
         taught = Run(data, teacher, RECIPE)
         save_untrained(taught, images)
         run = Run(data, student, RECIPE, STC(taught))
-        naive, frozen = (Lane(run, images, test, Shelf()) for _ in range(2))
+        naive, frozen = (Trainer(run, images, test, CachePool()) for _ in range(2))
         naive.teachers.live.requires_grad_(True)
         contenders = {
             "naive": lambda: lanes_turn([naive], 1, cold=True),

@@ -17,8 +17,8 @@ from torchvision.transforms import functional as TF
 from benchmarks import Turn, timed
 from kdlib import Run, build_model, store
 from kdlib.data import Images
-from kdlib.engine.device import half_precision, keep_large_blocks, training_dtype
 from kdlib.engine.plan import mix
+from kdlib.models.precision import half_precision, keep_large_blocks, training_dtype
 
 # Where nobody changes it, glibc gives blocks back to the system that are larger than this.
 USUALLY_KEPT = 32 << 20
@@ -95,7 +95,7 @@ class FieldLoop:
         self.student = build_model(
             run.model, images.classes, images.channels, seed=mix("weights", run.seed)
         )
-        self.teacher = store.load_checkpoint(*run.method.labeller(0))[0].eval()
+        self.teacher = store.load_checkpoint(*run.method.teacher_at(0))[0].eval()
         layout = torch.channels_last if style.modern else torch.contiguous_format
         for network in (self.student.train(), self.teacher):
             network.to(self.device, memory_format=layout)

@@ -20,8 +20,8 @@ from benchmarks import arguments, compare, report, row
 from benchmarks.collaboration import step_bytes
 from benchmarks.training import RECIPE, lanes_turn, noise_folder, save_untrained
 from kdlib import KD, GateSearch, Run, load_data
-from kdlib.engine.bank import Shelf
-from kdlib.engine.lane import Lane
+from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.trainer import Trainer
 
 NETWORKS = ["densenet-bc-40-12", "resnet20"]
 IMAGES = {"cpu": 512, "cuda": 12_800}
@@ -58,7 +58,7 @@ def run_network(name: str, options: argparse.Namespace) -> list[dict]:
             "inputs": OnInputs(teacher, **settings),
         }
         lanes = {
-            which: Lane(Run(data, name, RECIPE, m, start=teacher), images, test, Shelf())
+            which: Trainer(Run(data, name, RECIPE, m, start=teacher), images, test, CachePool())
             for which, m in methods.items()
         }
         contenders = {

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import arguments, report, row
 from benchmarks.field import FieldLoop, Style
+from kdbook.claims import interval
 from kdlib import KD, Recipe, Run, load_data, train
-from kdlib.claims import interval
 from kdlib.data import Images
 from kdlib.engine.device import prepare
 

@@ -39,11 +39,12 @@ from benchmarks.batches import noise
 from benchmarks.bounds import Work, forward, training
 from benchmarks.ceilings import Ceilings, measure, rows_of
 from benchmarks.training import lanes_turn
-from kdlib import Recipe, Run, build_model, plots
+from kdbook import figures
+from kdlib import Recipe, Run, build_model
 from kdlib.data import Images
-from kdlib.engine.bank import LabelBank, Shelf
 from kdlib.engine.device import environment, prepare, training_dtype
-from kdlib.engine.lane import Lane
+from kdlib.engine.logit_cache import CachePool, LogitCache
+from kdlib.engine.trainer import Trainer
 
 CLASSES = 100
 # So many that a lane compiles its network where it ever does; hardly any of them is run.
@@ -101,8 +102,8 @@ def random_images(count: int, device: torch.device) -> Images:
 def student(case: Case, device: torch.device) -> Contender:
     images = random_images(STEPS[device.type] * case.batch, device)
     run = Run("cifar100", case.network, Recipe(EPOCHS, case.batch, lr=0.05))
-    lane = Lane(run, images, images, Shelf())
-    trainee = lane.trainee
+    lane = Trainer(run, images, images, CachePool())
+    trainee = lane.state
     work = training(trainee.networks["student"], case.batch, trainee.dtype, trainee.compiled)
     name = f"{case.network}, batch {case.batch}"
     return Contender(name, case.batch, work, partial(lanes_turn, [lane], 1, cold=False))
@@ -110,7 +111,7 @@ def student(case: Case, device: torch.device) -> Contender:
 
 def teacher(case: Case, device: torch.device) -> Contender:
     images = random_images(2048 * CHUNKS[device.type], device)
-    bank = LabelBank(build_model(case.network, CLASSES, seed=0).eval(), images)
+    bank = LogitCache(build_model(case.network, CLASSES, seed=0).eval(), images)
     index = torch.arange(bank.chunk * CHUNKS[device.type], device=device).split(bank.chunk)
 
     def sweep() -> None:
@@ -155,32 +156,32 @@ def draw(
         points[name] = (work.flops / work.bytes, reached, bound, cause)
     table = pd.DataFrame.from_dict(points, "index", columns=["x", "reached", "bound", "cause"])
     about = environment(device, training_dtype(device))
-    with plots.style():
-        figure = Figure(figsize=(plots.PAGE, 4.2))
+    with figures.style():
+        figure = Figure(figsize=(figures.PAGE, 4.2))
         axes = figure.subplots()
         top = ceilings.flops_per_s / unit
         ridge = ceilings.flops_per_s / ceilings.bytes_per_s
         x = np.geomspace(min(ridge, table.x.min()) / 2, 2 * max(ridge, table.x.max()), 200)
         roof = np.minimum(top, x * ceilings.bytes_per_s / unit)
-        axes.plot(x, roof, color=plots.BLACK, ls="-", marker="")
+        axes.plot(x, roof, color=figures.BLACK, ls="-", marker="")
         taught = [name.endswith(LABELS) for name in table.index]
-        colors = [plots.BLACK if t else plots.OKABE_ITO[k % 6] for k, t in enumerate(taught)]
+        colors = [figures.BLACK if t else figures.OKABE_ITO[k % 6] for k, t in enumerate(taught)]
         for point, color in zip(table.itertuples(), colors, strict=True):
             look = {"color": color, "lw": 0.7, "ls": "-"}
             axes.plot([point.x] * 2, [point.reached, point.bound], marker="", **look)
             axes.plot(point.x, point.bound, marker="_", ms=8, **look)
             axes.plot(point.x, point.reached, marker=_mark(point), ms=6, **look)
-        plots.log_axis(axes, "x")
-        plots.log_axis(axes, "y")
+        figures.log_axis(axes, "x")
+        figures.log_axis(axes, "y")
         axes.set_xlim(x[0], x[-1])
         axes.set_xlabel("FLOPs a byte through memory")
         axes.set_ylabel(f"{prefix}FLOP/s")
         axes.set_title("{device}, threads: {threads}, {precision}".format(**about), loc="left")
-        plots.name_points(axes, table.x, table.reached, colors)
+        figures.name_points(axes, table.x, table.reached, colors)
         label = f"{ceilings.bytes_per_s / unit:.3g} {prefix}B/s, {top:.3g} {prefix}FLOP/s"
         looks = {label: "", "bound": "_", **{text: mark for mark, text in MARKS.items()}}
         handles = [
-            Line2D([], [], color=plots.BLACK, marker=mark, ls="" if mark else "-", label=text)
+            Line2D([], [], color=figures.BLACK, marker=mark, ls="" if mark else "-", label=text)
             for text, mark in looks.items()
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=7)

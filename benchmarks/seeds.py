@@ -22,10 +22,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks import arguments, report, row, save_picture
-from kdlib.engine.budget import ancestry, label_sweeps
+from kdbook.figures import style
+from kdbook.profiles import PROFILES
+from kdlib.engine.passes import ancestry, teacher_passes
 from kdlib.models import build_model, count_cost
-from kdlib.plots import style
-from kdlib.profiles import PROFILES
 from kdlib.runs import Run
 
 sys.path.append(str(Path(__file__).parent.parent / "workflow"))
@@ -54,7 +54,7 @@ def costs(runs: list[Run]) -> dict[str, float]:
     everything = ancestry(runs)
     labels = {
         teacher: (forward_macs(teacher[0]), sweeps)
-        for teacher, sweeps in label_sweeps(everything).items()
+        for teacher, sweeps in teacher_passes(everything).items()
     }
     return {
         "training": sum(3.0 * forward_macs(run) * run.recipe.epochs for run in everything),

@@ -41,9 +41,9 @@ from benchmarks import Turn, arguments, compare, report, row, synchronize, timed
 from benchmarks.field import FieldLoop, Style, by_torchvision
 from kdlib import KD, Recipe, Run, build_model, load_data, store
 from kdlib.data import Images
-from kdlib.engine.bank import Shelf
 from kdlib.engine.device import environment, prepare
-from kdlib.engine.lane import Lane
+from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.trainer import Trainer
 
 CLASSES = 100
 RECIPE = Recipe(epochs=240, batch=64, lr=0.05)
@@ -117,7 +117,7 @@ def save_untrained(teacher: Run, images: Images) -> None:
     store.save_weights(teacher, teacher.recipe.epochs, model.state_dict())
 
 
-def lanes_turn(lanes: list[Lane], epochs: int, cold: bool) -> Turn:
+def lanes_turn(lanes: list[Trainer], epochs: int, cold: bool) -> Turn:
     """Epochs of lanes side by side, timed after a step; cold banks forget their labels first.
 
     It is the first epoch again and again, so that all its labels are known. On a GPU it is trained
@@ -145,7 +145,7 @@ def lanes_turn(lanes: list[Lane], epochs: int, cold: bool) -> Turn:
     return timed(work, images, lanes[0].device)
 
 
-def sweep_turn(lane: Lane, steps: int) -> Turn:
+def sweep_turn(lane: Trainer, steps: int) -> Turn:
     """The teacher of a lane labels as many images as so many steps take, on one view each."""
     bank = lane.teachers.bank(0, lane.images)
     index = torch.arange(steps * lane.run.recipe.batch, device=lane.device) % len(lane.images)
@@ -154,7 +154,7 @@ def sweep_turn(lane: Lane, steps: int) -> Turn:
     return timed(lambda: bank._sweep(index, view), len(index), lane.device)
 
 
-def first_losses_differ(lane: Lane, field: FieldLoop) -> float:
+def first_losses_differ(lane: Trainer, field: FieldLoop) -> float:
     """Relative difference of the two first losses; afterwards the bank is warm."""
     lane.begin_epoch()
     lane.advance()
@@ -175,10 +175,10 @@ def run_case(case: Case, options: argparse.Namespace) -> list[dict]:
         teacher = Run(data, case.teacher, recipe)
         save_untrained(teacher, images)
         run = Run(data, case.student, recipe, KD(teacher))
-        banks, gpu = Shelf(), options.device.type == "cuda"
+        banks, gpu = CachePool(), options.device.type == "cuda"
         seeds = range(max(case.lanes))
-        lanes = [Lane(replace(run, seed=s), images, test, banks) for s in seeds]
-        cold = Lane(run, images, test, Shelf())  # what it forgets, the others keep
+        lanes = [Trainer(replace(run, seed=s), images, test, banks) for s in seeds]
+        cold = Trainer(run, images, test, CachePool())  # what it forgets, the others keep
         styles = {"P0": Style(), "P1": Style(modern=True), "P4": Style(True, True, compiled=gpu)}
         loops = {p: FieldLoop(run, images, case.warm_up, case.steps, s) for p, s in styles.items()}
         difference = first_losses_differ(lanes[0], loops["P0"])
@@ -197,7 +197,7 @@ def run_case(case: Case, options: argparse.Namespace) -> list[dict]:
         pairs += [(widest, "K2"), (widest, "P0")] + ([] if gpu else [("K2", "P0m")])
         ratios = {pair: case.targets.get(pair) for pair in pairs}
         rows += compare(name, contenders, ratios, options, {"sweep": case.sweep})
-        peak = environment(options.device, cold.trainee.dtype)["peak_memory_mb"]
+        peak = environment(options.device, cold.state.dtype)["peak_memory_mb"]
         return [*rows, row(name, "peak memory, MB", peak)]
 
 

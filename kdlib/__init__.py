@@ -1,10 +1,11 @@
 """kdlib: the kernels and the bookkeeping under an executable book on knowledge distillation."""
 
 from kdlib import losses
+from kdlib.chains.found import FoundStudent
+from kdlib.chains.greedy import GreedySearch
 from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
-from kdlib.greedy import GreedySearch
 from kdlib.methods import (
     FSP,
     KD,
@@ -26,7 +27,6 @@ from kdlib.methods import (
 from kdlib.models import build_model, count_cost
 from kdlib.runs import Recipe, Run
 from kdlib.store import Trained, measure
-from kdlib.student_search import FoundStudent
 
 __version__ = "0.1.0"
 __all__ = [

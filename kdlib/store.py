@@ -1,7 +1,7 @@
 """The store: weights, resume states and records of runs; JSON and safetensors only.
 
 ``$KDLIB_HOME/<id>/`` holds a run's weights and its record; a record is a JSON line of description,
-one line per epoch, and a closing line. Exhibits copy the records they used to
+one line per epoch, and a summary line. Exhibits copy the records they used to
 ``results/<profile>/records/``, where a clone without a store finds them.
 """
 
@@ -185,7 +185,7 @@ def load_logits(trained: "Trained", epoch: int) -> Tensor:
     """
     path = logits_path(trained.run, epoch)
     tensors, found = _load_checked(path)
-    if found != trained.closing.get("logits", {}).get(str(epoch)):
+    if found != trained.summary.get("logits", {}).get(str(epoch)):
         raise StoreError(
             f"{path} are not the logits that the record of {trained.run} tells of; "
             f"`train([run], weights=True)` with the run's `route` set makes both anew."
@@ -195,7 +195,7 @@ def load_logits(trained: "Trained", epoch: int) -> Tensor:
 
 def holds_logits(trained: "Trained") -> bool:
     """Whether the logits of every epoch are there."""
-    told = trained.closing.get("logits", {})
+    told = trained.summary.get("logits", {})
     epochs = range(1, trained.epochs + 1)
     paths = ((str(e), logits_path(trained.run, e)) for e in epochs)
     return all(e in told and told[e] == _saved_fingerprint(path) for e, path in paths)
@@ -210,12 +210,12 @@ class Trained:
 
     Attributes:
         log: one row per epoch: learning rate, mean training terms, test accuracy in %, …
-        closing: weights' fingerprints by epoch, teachers' fingerprints, environment, time.
+        summary: weights' fingerprints by epoch, teachers' fingerprints, environment, time.
     """
 
     run: Run
     log: pd.DataFrame
-    closing: dict
+    summary: dict
 
     @property
     def epochs(self) -> int:
@@ -225,7 +225,7 @@ class Trained:
     @property
     def passes(self) -> float:
         """Epochs used, the last counted by the share of its steps."""
-        return self.closing.get("arrived", self.epochs)
+        return self.summary.get("arrived", self.epochs)
 
     @property
     def final(self) -> dict:
@@ -242,12 +242,12 @@ class Trained:
         """
         if not self.run.method.whole:
             raise ValueError(
-                f"The student of {self.run} is no network by itself: kdlib.student_search.extract "
+                f"The student of {self.run} is no network by itself: kdlib.chains.found.extract "
                 f"gives the one that was found."
             )
         epoch = self.run.recipe.epochs if epoch is None else epoch
         model, found = load_checkpoint(self.run, epoch)
-        if found != self.closing["weights"].get(str(epoch)):
+        if found != self.summary["weights"].get(str(epoch)):
             raise StoreError(
                 f"{weights_path(self.run, epoch)} are not the weights that the record of "
                 f"{self.run} tells of; `train([run], weights=True)` makes both anew."
@@ -255,9 +255,9 @@ class Trained:
         return model
 
 
-def write_record(run: Run, log: list[dict], closing: dict) -> None:
+def write_record(run: Run, log: list[dict], summary: dict) -> None:
     head = {"id": run.id, "engine": ENGINE_VERSION, "run": run.description}
-    lines = [json.dumps(line) for line in (head, *log, {"closing": closing})]
+    lines = [json.dumps(line) for line in (head, *log, {"summary": summary})]
     files.write_atomic(folder(run) / "record.jsonl", "\n".join(lines) + "\n")
 
 
@@ -284,10 +284,10 @@ def _read_record(run: Run, path: Path) -> Trained:
     head, *log, last = map(json.loads, path.read_text().splitlines())
     if head["run"] != json.loads(json.dumps(run.description)):
         raise ValueError("it describes another run")
-    whole = math.ceil(last["closing"].get("arrived", run.recipe.epochs))
+    whole = math.ceil(last["summary"].get("arrived", run.recipe.epochs))
     if [row["epoch"] for row in log] != list(range(1, whole + 1)):
         raise ValueError("epochs are missing")
-    return Trained(run, pd.DataFrame(log), last["closing"])
+    return Trained(run, pd.DataFrame(log), last["summary"])
 
 
 def copy_record(run: Run, destination: Path) -> None:
@@ -320,7 +320,7 @@ def holds_weights(trained: Trained, epochs: Iterable[int]) -> bool:
 
     Of a run that ended before its recipe did, those of epochs that it had, and its last.
     """
-    told, last = trained.closing["weights"], trained.run.recipe.epochs
+    told, last = trained.summary["weights"], trained.run.recipe.epochs
     return all(
         str(epoch) in told and told[str(epoch)] == saved_fingerprint(trained.run, epoch)
         for epoch in epochs
@@ -331,13 +331,13 @@ def holds_weights(trained: Trained, epochs: Iterable[int]) -> bool:
 def kept_epochs(run: Run) -> tuple[int, ...]:
     """The checkpoints that the run's record in the store tells of."""
     trained = _stored(run)
-    return tuple(map(int, trained.closing["weights"])) if trained else ()
+    return tuple(map(int, trained.summary["weights"])) if trained else ()
 
 
 def kept_logits(run: Run) -> bool:
     """Whether the run's record in the store tells of logits along its route."""
     trained = _stored(run)
-    return bool(trained and trained.closing.get("logits"))
+    return bool(trained and trained.summary.get("logits"))
 
 
 def _stored(run: Run) -> Trained | None:
@@ -358,7 +358,7 @@ def measure(
     """
     several = [trained] if isinstance(trained, Trained) else list(trained)
     weights = [
-        [t.closing["weights"][str(t.run.recipe.epochs)], t.closing["teachers"]] for t in several
+        [t.summary["weights"][str(t.run.recipe.epochs)], t.summary["teachers"]] for t in several
     ]
     key = [inspect.getsource(fn), options, weights]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]

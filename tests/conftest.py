@@ -8,10 +8,10 @@ from PIL import Image
 
 from kdlib import Recipe, Run, store, train
 from kdlib.data import datasets
-from kdlib.engine import LabelBank
-from kdlib.engine import lane as lane_module
-from kdlib.engine.lane import Lane
-from kdlib.engine.train import BANKS
+from kdlib.engine import LogitCache
+from kdlib.engine import trainer as trainer_module
+from kdlib.engine.train import CACHES
+from kdlib.engine.trainer import Trainer
 from kdlib.store import fingerprint
 
 # Networks as small as these gain nothing from a second thread and lose much where a core is busy.
@@ -25,7 +25,7 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_PROGRESS", "quiet")
     monkeypatch.delenv("KDLIB_LOG", raising=False)
     monkeypatch.setattr(datasets, "_folders", {})
-    BANKS.clear()
+    CACHES.clear()
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def elsewhere(tmp_path, monkeypatch):
     def train_elsewhere(*runs, **options):
         with monkeypatch.context() as patch:
             patch.setenv("KDLIB_HOME", str(tmp_path / "elsewhere"))
-            BANKS.clear()
+            CACHES.clear()
             results = train(runs, **options)
-            BANKS.clear()
+            CACHES.clear()
         return results
 
     return train_elsewhere
@@ -84,13 +84,13 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def epochs_trained(monkeypatch):
     """The list of (run id, epoch) that are trained from now on."""
-    trained, begin = [], Lane.begin_epoch
+    trained, begin = [], Trainer.begin_epoch
 
     def note(lane):
         trained.append((lane.run.id, lane.epoch + 1))
         begin(lane)
 
-    monkeypatch.setattr(Lane, "begin_epoch", note)
+    monkeypatch.setattr(Trainer, "begin_epoch", note)
     return trained
 
 
@@ -99,7 +99,7 @@ def train_until(monkeypatch):
     """Train, but be stopped: ``train_until(run, epoch, runs)``, when the run has so many epochs."""
 
     def stop(run, epoch, runs=None):
-        end = Lane.end_epoch
+        end = Trainer.end_epoch
 
         def stopped(lane):
             row = end(lane)
@@ -108,12 +108,12 @@ def train_until(monkeypatch):
             return row
 
         with monkeypatch.context() as patch:
-            patch.setattr(lane_module, "SAVING_SHARE", 1e9)  # save every epoch, however short
-            patch.setattr(Lane, "end_epoch", stopped)
+            patch.setattr(trainer_module, "SAVING_SHARE", 1e9)  # save every epoch, however short
+            patch.setattr(Trainer, "end_epoch", stopped)
             with pytest.raises(KeyboardInterrupt):
                 train(runs or [run])
         assert store.find_record(run) is None
-        BANKS.clear()
+        CACHES.clear()
 
     return stop
 
@@ -121,7 +121,7 @@ def train_until(monkeypatch):
 @pytest.fixture
 def swept(monkeypatch):
     """The list of (teacher's fingerprint, split, image, view) that a bank asks its teacher for."""
-    asked, names, init, sweep = [], {}, LabelBank.__init__, LabelBank._sweep
+    asked, names, init, sweep = [], {}, LogitCache.__init__, LogitCache._sweep
 
     def name(bank, teacher, images):
         init(bank, teacher, images)
@@ -133,8 +133,8 @@ def swept(monkeypatch):
         asked.extend((*teacher, *p) for p in zip(index.tolist(), view.tolist(), strict=True))
         return sweep(bank, index, view)
 
-    monkeypatch.setattr(LabelBank, "__init__", name)
-    monkeypatch.setattr(LabelBank, "_sweep", note)
+    monkeypatch.setattr(LogitCache, "__init__", name)
+    monkeypatch.setattr(LogitCache, "_sweep", note)
     return asked
 
 
@@ -160,8 +160,8 @@ def assert_resumes(elsewhere, train_until, epochs_trained):
         epochs_trained.clear()
         resumed = train([run])[0]
         assert epochs_trained == [(run.id, 3)]
-        assert resumed.closing["weights"] == expected.closing["weights"]
-        assert resumed.closing["teachers"] == expected.closing["teachers"]
+        assert resumed.summary["weights"] == expected.summary["weights"]
+        assert resumed.summary["teachers"] == expected.summary["teachers"]
         assert same_log(resumed, expected)
         path = store.weights_path(run, 3)
         other = path.parent.parent.parent / "elsewhere" / run.id / path.name

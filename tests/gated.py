@@ -5,15 +5,15 @@ from torch import nn
 from torch.func import functional_call
 
 from kdlib import build_model
-from kdlib.engine.device import InFloat32
 from kdlib.methods.gates import Gates
 from kdlib.models.channels import Channels
+from kdlib.models.precision import AutocastNetwork
 
 SMALL = ["densenet-bc-16-4", "resnet14-x0.25", "vgg13-x0.06"]
 BOTTLENECKS = "resnet50-x0.03"
 
 
-class InItsOwn(InFloat32):
+class InItsOwn(AutocastNetwork):
     """A network as losses call it, in the precision that it has."""
 
     def _float32(self, answer):

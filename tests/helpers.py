@@ -6,17 +6,17 @@ import torch
 from torch.func import functional_call
 
 from kdlib import build_model, load_data, store, train
-from kdlib.engine.bank import Shelf
-from kdlib.engine.lane import Lane
+from kdlib.engine.logit_cache import CachePool
 from kdlib.engine.plan import plan
+from kdlib.engine.state import trained_networks
 from kdlib.engine.teachers import Teachers
-from kdlib.engine.trainee import trained_networks
+from kdlib.engine.trainer import Trainer
 from kdlib.methods import Step
 from kdlib.store import fingerprint
 
 
 def final_weights(trained):
-    return trained.closing["weights"][str(trained.run.recipe.epochs)]
+    return trained.summary["weights"][str(trained.run.recipe.epochs)]
 
 
 def same_log(first, second):
@@ -31,15 +31,15 @@ def move(run, other):
     """Give a trained run the weights of another, as training on another machine might."""
     weights = train([other])[0].model().state_dict()
     record, last = train([run])[0], run.recipe.epochs
-    record.closing["weights"][str(last)] = store.save_weights(run, last, weights)
-    store.write_record(run, record.log.to_dict("records"), record.closing)
-    return record.closing["weights"][str(last)]
+    record.summary["weights"][str(last)] = store.save_weights(run, last, weights)
+    store.write_record(run, record.log.to_dict("records"), record.summary)
+    return record.summary["weights"][str(last)]
 
 
-def new_lane(run):
+def new_trainer(run):
     """A lane at the start of a run of ``tiny`` or where its saved state is."""
     images = load_data(run.data).first(run.images)
-    return Lane(run, images, load_data(run.data, "test"), Shelf())
+    return Trainer(run, images, load_data(run.data, "test"), CachePool())
 
 
 def peer_of(trained, epoch=None):

@@ -11,7 +11,7 @@ from benchmarks import bounds, ceilings, roofline
 from benchmarks.bounds import Work
 from benchmarks.ceilings import Ceilings
 from kdlib import build_model, count_cost
-from kdlib.engine.bank import folded
+from kdlib.engine.logit_cache import folded
 from kdlib.models.staged import batch_norm
 
 HALF = torch.bfloat16

@@ -1,6 +1,6 @@
 """Data sets as device-resident uint8 images."""
 
-from kdlib.data.datasets import canonical_name, count_views, download, label, load_data
+from kdlib.data.datasets import canonical_name, count_views, display_name, download, load_data
 from kdlib.data.distortion import split_name
 from kdlib.data.images import Images
 
@@ -8,8 +8,8 @@ __all__ = [
     "Images",
     "canonical_name",
     "count_views",
+    "display_name",
     "download",
-    "label",
     "load_data",
     "split_name",
 ]

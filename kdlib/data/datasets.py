@@ -89,7 +89,7 @@ def count_views(name: str) -> int:
     return (2 * kind.pad + 1) ** 2 * (1 + kind.flip)
 
 
-def label(name: str) -> str:
+def display_name(name: str) -> str:
     """The name to print beside a number: a folder's without its hash."""
     base, distortion = split_name(name)
     folder = base.removeprefix("folder:").rstrip("/").rpartition("/")[2]
@@ -125,7 +125,7 @@ def _load(name: str, split: str, device: str) -> Images:
         kind = kind._replace(pad=0, flip=False)
     pixels = F.pad(torch.from_numpy(pixels), (0, 0, kind.pad, kind.pad, kind.pad, kind.pad))
     return Images(
-        name=label(name),
+        name=display_name(name),
         split=split,
         pixels=pixels.to(device),
         labels=torch.as_tensor(labels, dtype=torch.int64, device=device),
@@ -172,7 +172,7 @@ def _pixels(data) -> np.ndarray:
 def _folder(name: str, split: str) -> tuple:
     if name not in _folders:
         raise DataError(
-            f"The run names the image folder {label(name)!r} (content {name.rpartition('@')[2]}), "
+            f"The run names the image folder {display_name(name)!r} (content {name.rpartition('@')[2]}), "
             f"and no such folder was named: pass it as `folder:PATH`."
         )
     cache = _folder_cache(_folders[name])

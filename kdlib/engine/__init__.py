@@ -1,7 +1,7 @@
 """The training engine: plans, label banks, lanes."""
 
-from kdlib.engine.bank import LabelBank
+from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.plan import plan
 from kdlib.engine.train import train
 
-__all__ = ["LabelBank", "plan", "train"]
+__all__ = ["LogitCache", "plan", "train"]

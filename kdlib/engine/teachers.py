@@ -5,8 +5,8 @@ from torch import nn
 
 from kdlib import store
 from kdlib.data import Images
-from kdlib.engine.bank import LabelBank, Shelf
-from kdlib.engine.trainee import trained_networks
+from kdlib.engine.logit_cache import CachePool, LogitCache
+from kdlib.engine.state import trained_networks
 from kdlib.errors import StoreError
 from kdlib.models import Staged, load_weights
 from kdlib.runs import Run
@@ -21,11 +21,11 @@ class Teachers:
 
     Attributes:
         noted: fingerprints by ``id@epoch``.
-        live: the labeller itself, for a method that is ``live``; its weights change in place.
+        live: the teacher_at itself, for a method that is ``live``; its weights change in place.
         frozen: the parts of other runs that the method uses.
     """
 
-    def __init__(self, run: Run, banks: Shelf):
+    def __init__(self, run: Run, banks: CachePool):
         self.run, self.banks = run, banks
         self.noted: dict[str, str] = {}
         self.live: Staged | None = None
@@ -53,16 +53,16 @@ class Teachers:
             )
         return model
 
-    def bank(self, epoch: int, images: Images) -> LabelBank | None:
-        """The bank of the labeller of the run's ``epoch`` for these images."""
-        anchor = self.run.method.labeller(epoch)
+    def bank(self, epoch: int, images: Images) -> LogitCache | None:
+        """The bank of the teacher_at of the run's ``epoch`` for these images."""
+        anchor = self.run.method.teacher_at(epoch)
         if anchor is None:
             return None
         known = self.note(*anchor)
 
-        def make() -> LabelBank:
+        def make() -> LogitCache:
             teacher = self.banks.teacher(known, images.device) or self.checkpoint(*anchor)
-            return LabelBank(teacher, images)
+            return LogitCache(teacher, images)
 
         key = (known, self.run.data, images.split, len(images), str(images.device))
         return self.banks.get(key, make)
@@ -76,8 +76,8 @@ class Teachers:
             self.frozen[name] = part.to(memory_format=torch.channels_last)
 
     def enliven(self, epoch: int, device: torch.device) -> None:
-        """Make ``live`` the labeller of the run's ``epoch``, at the address it has."""
-        anchor = self.run.method.labeller(epoch)
+        """Make ``live`` the teacher_at of the run's ``epoch``, at the address it has."""
+        anchor = self.run.method.teacher_at(epoch)
         if self._living == (known := self.note(*anchor)):
             return
         model, self._living = self.checkpoint(*anchor), known

@@ -8,17 +8,17 @@ from typing import Any, Protocol
 import torch
 
 from kdlib import store
-from kdlib.engine.bank import Shelf
-from kdlib.engine.budget import label_sweeps
 from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.lanes import Lanes, Width, asked_lanes
-from kdlib.engine.missing import incomplete, merge, parents_of
+from kdlib.engine.graph import incomplete, merge, parents_of
+from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.passes import teacher_passes
+from kdlib.engine.pool import TrainerPool, Width, asked_parallel
 from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite, NothingFound, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
-BANKS = Shelf()
+CACHES = CachePool()
 # A bank is kept where it saves at least this share of its teacher's passes for labels.
 WORTH = 0.1
 
@@ -33,10 +33,10 @@ class Search(Protocol):
         here without a result.
         """
 
-    def looks_at(self, run: Run) -> list[Run]:
+    def needs(self, run: Run) -> list[Run]:
         """Runs whose weights or logits decide what follows ``run``."""
 
-    def foreseen(self) -> list[Run]:
+    def estimate(self) -> list[Run]:
         """What the chain may cost, before anything of it is known."""
 
 
@@ -57,7 +57,7 @@ def train(
 
     Args:
         device: ``cpu``, ``cuda``, …; None takes a GPU if there is one.
-        lanes: how many students train at a time; None takes ``$KDLIB_LANES`` or chooses: 1 on a
+        lanes: how many students train at a time; None takes ``$KDLIB_PARALLEL`` or chooses: 1 on a
             CPU, on a GPU what memory and the measured speed allow. Fewer where memory runs out.
         weights: train also those runs of which only a record is there.
         partial: give None for what failed, and warn, instead of raising NotFinite or NothingFound.
@@ -74,7 +74,7 @@ def train(
     runs, device = list(runs), pick_device(device)
     searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
     runs = [run.following(None) if k in searches else run for k, run in enumerate(runs)]
-    lanes = asked_lanes(lanes)
+    lanes = asked_parallel(lanes)
     prepare(device)
     failures: dict[str, NotFinite] = {}
     without: dict[int, NothingFound] = {}
@@ -114,7 +114,7 @@ def _following(
     try:
         return search.following(store.find_record(run))
     except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure([run, *search.looks_at(run)], device, lanes, weights=True, failures=failures)
+        _ensure([run, *search.needs(run)], device, lanes, weights=True, failures=failures)
         return search.following(store.find_record(run))
 
 
@@ -140,15 +140,15 @@ def _ensure(
             failures[run.id] = failures[failed[0]]
     # looked for again, since a teacher trained anew outdates all its students
     missing = [run for run in incomplete(runs, weights) if run.id not in failures]
-    sweeps = {store.saved_fingerprint(*a): s for a, s in label_sweeps(missing).items()}
-    BANKS.expect({teacher for teacher, s in sweeps.items() if not s.worth(WORTH)})
+    sweeps = {store.saved_fingerprint(*a): s for a, s in teacher_passes(missing).items()}
+    CACHES.expect({teacher for teacher, s in sweeps.items() if not s.worth(WORTH)})
     progress = Progress(sum(run.recipe.epochs for run in missing))
     widths = {(run.data, run.images): Width(device, lanes) for run in missing}
     try:
         while missing:
             for what in {(run.data, run.images) for run in missing}:
                 together = [run for run in missing if (run.data, run.images) == what]
-                group = Lanes(together, device, widths[what], BANKS, progress, weights)
+                group = TrainerPool(together, device, widths[what], CACHES, progress, weights)
                 failures.update(group.train())
             missing = [run for run in incomplete(missing, weights) if run.id not in failures]
     finally:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from kdlib import losses
 
 if TYPE_CHECKING:
-    from kdlib.engine.device import InFloat32
     from kdlib.models import Staged
+    from kdlib.models.precision import AutocastNetwork
     from kdlib.runs import Recipe, Run
 
 # A checkpoint of a teacher: the run and how many epochs of it.
@@ -29,10 +29,10 @@ class Step(NamedTuple):
     Attributes:
         x: images ``[b, channels, height, width]``.
         labels: int64 ``[b]``.
-        targets: ``[b, classes]``, the labeller's logits for exactly these views; None where there
-            is no labeller or the method is not ``labelled``.
+        targets: ``[b, classes]``, the teacher_at's logits for exactly these views; None where there
+            is no teacher_at or the method is not ``labelled``.
         student: the network to train.
-        teacher: the labeller itself, frozen, for a method that is ``live``; else None.
+        teacher: the teacher_at itself, frozen, for a method that is ``live``; else None.
         parts: what else the method trains, by name.
         frozen: parts that other runs trained, by name, in eval mode.
         noise: uniform in (0, 1), ``[b, noises, classes]``; None where the method has no ``noises``.
@@ -41,10 +41,10 @@ class Step(NamedTuple):
     x: Tensor
     labels: Tensor
     targets: Tensor | None
-    student: InFloat32
-    teacher: InFloat32 | None
-    parts: Mapping[str, InFloat32]
-    frozen: Mapping[str, InFloat32]
+    student: AutocastNetwork
+    teacher: AutocastNetwork | None
+    parts: Mapping[str, AutocastNetwork]
+    frozen: Mapping[str, AutocastNetwork]
     noise: Tensor | None = None
 
 
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 class Method:
     """What every method says of itself; its fields are part of the run's description."""
 
-    # Whether the loss reads the labeller's logits, and whether it needs the teacher itself.
+    # Whether the loss reads the teacher_at's logits, and whether it needs the teacher itself.
     labelled = True
     live = False
     # Whether the student is a network by itself, without the method's parts.
@@ -63,7 +63,7 @@ class Method:
     # How many random numbers the loss reads for every image and class.
     noises = 0
 
-    def labeller(self, epoch: int) -> Anchor | None:
+    def teacher_at(self, epoch: int) -> Anchor | None:
         """Whose logits label the student's ``epoch`` (from 0): a teacher's run and its epoch.
 
         None where no teacher is needed. Plain distillation and every RCO strategy differ in
@@ -73,7 +73,7 @@ class Method:
 
     def anchors(self, epochs: int) -> set[Anchor]:
         """All checkpoints that label a run of this many epochs."""
-        return {anchor for e in range(epochs) if (anchor := self.labeller(e)) is not None}
+        return {anchor for e in range(epochs) if (anchor := self.teacher_at(e)) is not None}
 
     def check(self, run: Run) -> None:
         """Called as soon as a run is made: raise ValueError where it cannot learn so."""
@@ -114,7 +114,10 @@ class Method:
         return {}
 
     def joined(
-        self, student: InFloat32, teacher: InFloat32 | None, parts: Mapping[str, InFloat32]
+        self,
+        student: AutocastNetwork,
+        teacher: AutocastNetwork | None,
+        parts: Mapping[str, AutocastNetwork],
     ) -> dict[str, Callable[[Tensor], Tensor]]:
         """Classifiers joined of these networks, from images to logits, by name.
 
@@ -129,10 +132,10 @@ class Method:
 
     def arrived(self, parts: Mapping[str, nn.Module]) -> bool:
         """Whether the run ends here, before its recipe does: asked after every epoch, and after
-        every step of one in which it ``may_arrive``."""
+        every step of one in which it ``may_stop``."""
         return False
 
-    def may_arrive(self, parts: Mapping[str, nn.Module], steps: int) -> bool:
+    def may_stop(self, parts: Mapping[str, nn.Module], steps: int) -> bool:
         """Whether the epoch that begins, of so many steps, may be the last."""
         return False
 
@@ -185,8 +188,8 @@ class Wrapper(Method):
     def arrived(self, parts):
         return self.inner.arrived(parts)
 
-    def may_arrive(self, parts, steps):
-        return self.inner.may_arrive(parts, steps)
+    def may_stop(self, parts, steps):
+        return self.inner.may_stop(parts, steps)
 
     def loss(self, step):
         return self.inner.loss(step)
@@ -231,7 +234,7 @@ class FromTeacher(Method):
         """The teacher's epoch that labels."""
         return self.teacher.recipe.epochs if self.at is None else self.at
 
-    def labeller(self, epoch):
+    def teacher_at(self, epoch):
         return self.teacher, self.anchor
 
 

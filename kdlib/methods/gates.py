@@ -19,10 +19,10 @@ from kdlib.models.names import builder
 from kdlib.models.staged import Staged
 
 if TYPE_CHECKING:
-    from kdlib.engine.device import InFloat32
+    from kdlib.models.precision import AutocastNetwork
 
 TARGETS = ("soft", "output", "truth")
-# An epoch may be the search's last where the budget would be reached by closing all gates within
+# An epoch may be the search's last where the budget would be reached by summary all gates within
 # so many times what the penalty alone takes of each in an epoch.
 REACH = 2
 
@@ -40,7 +40,7 @@ class GateSearch(FromTeacher):
             cost; the run ends as soon as the network that its open gates make costs no more.
         strength: λ₂.
         weight: of the first term, beside which λ₂ has its meaning.
-        weighted: α_j is what closing gate j saves, over the mean of all; else 1.
+        weighted: α_j is what summary gate j saves, over the mean of all; else 1.
         target: ``soft``, the teacher's softmax at ``temperature``, as T²·KL (the paper's);
             ``output``, its softmax at T = 1, as cross-entropy (its "network pruning"); ``truth``,
             the label of the data set (what is usually called so).
@@ -101,7 +101,7 @@ class GateSearch(FromTeacher):
         sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
         return logits, {**terms, "loss": self.weight * terms["loss"], "sparsity": sparsity}
 
-    def gated(self, student: InFloat32, gates: Gates, x: Tensor) -> Tensor:
+    def gated(self, student: AutocastNetwork, gates: Gates, x: Tensor) -> Tensor:
         """Logits of the gated network."""
         return student.with_weights(gates(student.network), x)
 
@@ -128,7 +128,7 @@ class GateSearch(FromTeacher):
     def arrived(self, parts):
         return parts["gates"].share() <= self.budget
 
-    def may_arrive(self, parts, steps):
+    def may_stop(self, parts, steps):
         gates = parts["gates"]
         an_epoch = steps * self.rate * self.strength / (1 - self.momentum) * gates.alpha
         return gates.share(above=REACH * an_epoch) <= self.budget

@@ -17,7 +17,7 @@ from kdlib.methods.distill import FromTeacher, OnLogits, Step
 from kdlib.models.names import builder, count_stages
 
 if TYPE_CHECKING:
-    from kdlib.engine.device import InFloat32
+    from kdlib.models.precision import AutocastNetwork
     from kdlib.runs import Recipe, Run
 
 
@@ -35,7 +35,7 @@ class OnFeatures(OnLogits):
         """Name, weight and value of the term, given ``features`` of both networks."""
         raise NotImplementedError
 
-    def features(self, network: InFloat32, x: Tensor) -> list[Tensor]:
+    def features(self, network: AutocastNetwork, x: Tensor) -> list[Tensor]:
         """What ``term`` is given of a network; the last is the last stage's feature."""
         return network.stages(x)
 
@@ -166,7 +166,7 @@ class FactorTransfer(OnFeatures):
     def __post_init__(self):
         super().__post_init__()
         method = self.paraphraser.method
-        if not isinstance(method, Paraphrase) or method.labeller(0) != self.labeller(0):
+        if not isinstance(method, Paraphrase) or method.teacher_at(0) != self.teacher_at(0):
             raise ValueError(
                 f"{self.paraphraser} is no paraphraser of epoch {self.anchor} of {self.teacher}: "
                 f"paraphrase(teacher, recipe) makes one of its last."

@@ -43,7 +43,7 @@ class OneStage(Wrapper):
     def inner(self):
         return self.method
 
-    def labeller(self, epoch):
+    def teacher_at(self, epoch):
         teacher = self.method.teacher
         return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
 

@@ -199,7 +199,7 @@ class Channels:
         )
 
     def savings(self) -> np.ndarray:
-        """How many multiply-accumulates each gate's closing saves in the whole network.
+        """How many multiply-accumulates each gate's summary saves in the whole network.
 
         Those of the layer that reads the channel. Where the gate is on the only way from one layer
         to another, also those that compute it; not so where a layer reads several, as a transition

@@ -1,0 +1,32 @@
+"""kdbook: what makes a book of kdlib: profiles, claims, exhibits, figures, the command line."""
+
+from importlib import import_module
+
+# Where each name of `from kdbook import …` is defined. A name is imported when it is first asked
+# for, so that the command line does not wait for torch and matplotlib.
+_HOMES = {
+    "Exhibit": "exhibits",
+    "check": "notebook",
+    "claims": None,
+    "comparisons": None,
+    "figures": None,
+    "kr": None,
+    "logits_on_test": "notebook",
+    "open_profile": "profiles",
+    "profiles": None,
+    "rco": None,
+    "scorecard": None,
+    "search": None,
+    "show": "notebook",
+    "stc": None,
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdbook' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return import_module(f"kdbook.{name}")
+    return getattr(import_module(f"kdbook.{home}"), name)

@@ -1,0 +1,1 @@
+"""The command line: `python -m kdbook.cli.<program>`, called by run_all.sh and the Snakefile."""

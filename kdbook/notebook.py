@@ -1,0 +1,49 @@
+"""What notebooks use to show code and to check a reader's answers."""
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable
+from numbers import Real
+
+import pandas as pd
+import torch
+from IPython.display import Markdown
+
+from kdlib.data import load_data
+from kdlib.store import Trained
+
+
+def show(*functions: Callable) -> Markdown:
+    """The library's own source of these functions, as the cell's output."""
+    sources = (textwrap.dedent(inspect.getsource(function)) for function in functions)
+    return Markdown("\n\n".join(f"```python\n{source}```" for source in sources))
+
+
+def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
+    """Compare a reader's answer with the computed one and say so.
+
+    An unanswered exercise (None) is only mentioned, a wrong answer raises AssertionError with the
+    hint.
+    """
+    if answer is None:
+        print("Not answered yet.")
+        return
+    if isinstance(expected, str):
+        right = str(answer).strip("`'\" ").casefold() == expected.casefold()
+    elif isinstance(expected, bool) or not isinstance(answer, Real):
+        right = answer == expected
+    else:
+        right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
+    assert right, f"Not yet. {hint}"
+    print("Right.")
+
+
+@torch.no_grad()
+def logits_on_test(trained: Trained, count: int, epoch: int | None = None) -> pd.DataFrame:
+    """Logits of the first ``count`` test images: columns ``label`` and one per class."""
+    images = load_data(trained.run.data, "test").first(count)
+    logits = trained.model(epoch)(images.batch(torch.arange(len(images))))
+    table = pd.DataFrame(logits.tolist(), columns=list(images.class_names))
+    table.insert(0, "label", images.labels.tolist())
+    return table

@@ -1,0 +1,7 @@
+"""Chains of runs: each run is known only when the one before it is trained."""
+
+from kdlib.chains.calibration import Calibration, OnDistorted
+from kdlib.chains.found import FoundStudent, RandomStudent
+from kdlib.chains.greedy import GreedySearch
+
+__all__ = ["Calibration", "FoundStudent", "GreedySearch", "OnDistorted", "RandomStudent"]

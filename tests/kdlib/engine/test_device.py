@@ -1,0 +1,143 @@
+"""What is set for a device, and what compiling does."""
+
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from kdlib import KD, build_model, train
+from kdlib.engine.device import COMPILED_STEPS, AutocastNetwork, prepare, worth_compiling
+from kdlib.methods import KR, STC, AttentionTransfer, GateSearch
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks(monkeypatch):
+    monkeypatch.delenv("KDLIB_COMPILE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "steps", "worth"),
+    [
+        ((9, 0), COMPILED_STEPS, True),
+        ((9, 0), COMPILED_STEPS - 1, False),
+        ((7, 5), COMPILED_STEPS, False),  # a T4, for which the compiler has no backend any more
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(monkeypatch, capability, steps, worth):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert worth_compiling(GPU, steps) == worth
+
+
+def test_on_a_cpu_nothing_is_compiled_but_on_demand(monkeypatch):
+    assert not worth_compiling(CPU, 10**9)
+    monkeypatch.setenv("KDLIB_COMPILE", "always")
+    assert worth_compiling(CPU, 1)
+    monkeypatch.setenv("KDLIB_COMPILE", "never")
+    assert not worth_compiling(GPU, 10**9)
+
+
+def test_an_unknown_wish_is_refused(monkeypatch):
+    monkeypatch.setenv("KDLIB_COMPILE", "sometimes")
+    with pytest.raises(ValueError, match="KDLIB_COMPILE=sometimes: it takes auto, never or always"):
+        worth_compiling(CPU, 1)
+
+
+@pytest.mark.parametrize(("asked", "exact"), [("1", True), ("", False)])
+def test_deterministic_is_all_libraries(monkeypatch, asked, exact):
+    monkeypatch.setenv("KDLIB_DETERMINISTIC", asked)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cudnn, inductor = torch.backends.cudnn, torch._inductor.config
+    for module, flag in ((cudnn, "deterministic"), (cudnn, "benchmark")):
+        monkeypatch.setattr(module, flag, getattr(module, flag))
+    with inductor.patch(deterministic=not exact):
+        try:
+            prepare(GPU)
+            assert (cudnn.deterministic, cudnn.benchmark) == (exact, not exact)
+            assert torch.are_deterministic_algorithms_enabled() == exact
+            assert inductor.deterministic == exact
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == exact
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+# --- compiled lanes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What is compiled from now on: all, by the compiler's front end, which takes no minutes."""
+    found, compile, make = SimpleNamespace(methods=[], graphs=0), torch.compile, AutocastNetwork._prepare
+
+    def note(called, name):
+        if called.compiled:
+            found.methods.append(name)
+        return make(called, name)
+
+    def by_front_end(graph, inputs):
+        found.graphs += 1
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setenv("KDLIB_COMPILE", "always")
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=by_front_end))
+    monkeypatch.setattr(AutocastNetwork, "_prepare", note)
+    yield found
+    torch._dynamo.reset()
+
+
+METHODS = {
+    "KD": (lambda teacher: KD(teacher), {"__call__"}),
+    "STC": (lambda teacher: STC(teacher, alpha=0.3, cut=2), {"until", "resume"}),
+    "AT": (lambda teacher: AttentionTransfer(teacher), {"stages", "head"}),
+    "KR": (lambda teacher: KR(teacher, prior=teacher.recipe), {"layers"}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_lane_trains_as_an_eager_one(tiny, elsewhere, compiled, monkeypatch, name):
+    make, called = METHODS[name]
+    teacher = tiny(model="resnet14-x0.25")
+    run = tiny(method=make(teacher), seed=1)
+    train([teacher])
+    with monkeypatch.context() as patch:
+        patch.setenv("KDLIB_COMPILE", "never")
+        (eager,) = elsewhere(run)
+    compiled.methods.clear()
+    before = compiled.graphs
+    ours = train([run])[0]
+    assert called <= set(compiled.methods)
+    assert compiled.graphs - before >= len(compiled.methods)
+    assert ours.summary["environment"]["compiled"]
+    assert not eager.summary["environment"]["compiled"]
+    terms = [c for c in eager.log if c.startswith(("train", "test"))]
+    assert ours.log[terms].to_numpy() == pytest.approx(eager.log[terms].to_numpy(), rel=1e-3)
+
+
+def test_a_compiled_search_calls_its_gated_network_compiled(tiny, compiled):
+    dense = tiny(epochs=1, model="densenet-bc-16-4")
+    method = GateSearch(dense, budget=0.9, strength=0.5, rate=0.05)
+    train([tiny(method=method, model="densenet-bc-16-4", start=dense)])
+    assert "with_weights" in compiled.methods
+
+
+def test_evaluation_is_not_compiled(tiny, compiled):
+    train([tiny()])
+    assert (compiled.methods, compiled.graphs) == (["__call__"], 1)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_answers_are_in_float32(compiled, flag):
+    network = build_model("resnet8-x0.25", 10, 1, seed=0).double().eval()
+    called = AutocastNetwork(network, CPU, torch.float32, flag)
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    answers = [called(x), called.until(1, x), *called.features(x), *called.layers(x)[1]]
+    answers += [called.head(network.stages(x)[-1]), called.with_weights({}, x)]
+    assert {answer.dtype for answer in answers} == {torch.float32}
+    torch.testing.assert_close(answers[0].double(), network(x), rtol=1e-5, atol=1e-6)
+    assert bool(compiled.graphs) == flag
