@@ -1,4 +1,4 @@
-"""Networks in stages, by name, with their costs."""
+"""Networks by name, in stages, and their costs."""
 
 from kdlib.models.cost import Cost, count_cost
 from kdlib.models.names import build_model
