@@ -81,8 +81,9 @@ def load_architecture(name: str) -> Architecture:
     Warns of damaged files and tries the next place. Raises StoreError if no intact file is left,
     UnknownName if the file with this hash belongs to another network.
     """
-    committed = files.results().glob(f"*/records/{file_of(name)}")
-    for path in filter(lambda path: path.exists(), (files.home() / file_of(name), *committed)):
+    for path in files.own_or_committed(files.home() / file_of(name), file_of(name)):
+        if not path.exists():
+            continue
         try:
             content = json.loads(path.read_text())
             found = Architecture(content["base"], tuple(content["kept"].items()))
