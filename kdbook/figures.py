@@ -1,6 +1,6 @@
 """One style for every figure: safe for colour-blind readers, and legible in print."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import matplotlib as mpl
@@ -122,6 +122,19 @@ def name_lines(axes: Axes) -> None:
             color=line.get_color(),
             annotation_clip=False,
         )
+
+
+def draw_mean(axes: Axes, table: pd.DataFrame, x: str, y: str, label: str, look: Mapping) -> None:
+    """Draw the mean over seeds as a line, and a band from the smallest seed to the largest.
+
+    Args:
+        table: one row for each seed and each value of ``x``.
+        look: colour, dashes and marker, such as one of ``LOOKS``.
+    """
+    import seaborn  # almost a second, for two figures of the book
+
+    band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "lw": 0}}
+    seaborn.lineplot(table, x=x, y=y, label=label, ax=axes, legend=False, **band, **look)
 
 
 def draw_gains(
