@@ -42,7 +42,7 @@ def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
 @torch.no_grad()
 def logits_on_test(trained: Trained, count: int, epoch: int | None = None) -> pd.DataFrame:
     """Logits of the first ``count`` test images: columns ``label`` and one for each class."""
-    images = load_data(trained.run.data, "test").first(count)
+    images = load_data(trained.run.dataset, "test").first(count)
     logits = trained.model(epoch)(images.batch(torch.arange(len(images))))
     table = pd.DataFrame(logits.tolist(), columns=list(images.class_names))
     table.insert(0, "label", images.labels.tolist())

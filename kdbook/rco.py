@@ -94,7 +94,7 @@ def noise_losses(
         count: use the first ``count`` test images; None for all.
     """
     device = pick_device()
-    images = load_data(trained.run.data, "test", device).first(count)
+    images = load_data(trained.run.dataset, "test", device).first(count)
     models = [trained.model().to(device)]
     if teacher := teacher_of(trained.run):
         models.append(last_model(teacher).to(device))
@@ -156,13 +156,13 @@ def _gram(several: tuple[Trained, ...]) -> np.ndarray:
 def _common_start(several: tuple[Trained, ...]) -> Tensor:
     """The weights that all these runs start from."""
     run = several[0].run
-    if len({(t.run.data, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
+    if len({(t.run.dataset, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
         raise ValueError(
             "These runs do not share their data, network, seed and start. Compare runs that do."
         )
     if run.start:
         return _weights(last_model(run.start))
-    images = load_data(run.data, "test")
+    images = load_data(run.dataset, "test")
     return _weights(
         build_model(run.model, images.classes, images.channels, seed=mix("weights", run.seed))
     )

@@ -174,7 +174,7 @@ def _source(number: float) -> str:
 
 def cost_of(run: Run) -> Cost:
     """Parameters and multiply-accumulates of a run's network on its test images."""
-    return count_cost(_network_of(run), load_data(run.data, "test").size)
+    return count_cost(_network_of(run), load_data(run.dataset, "test").size)
 
 
 def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.DataFrame:
@@ -186,7 +186,7 @@ def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.
     Index: network, the names in ``runs``. Columns: ``device``, ``parameters, M``, ``MACs, M``,
     ``ms a batch``.
     """
-    x = load_data(next(iter(runs.values())).data, "test").batch(torch.arange(batch))
+    x = load_data(next(iter(runs.values())).dataset, "test").batch(torch.arange(batch))
     rows = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         images = x.to(device)
@@ -207,7 +207,7 @@ def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.
 
 
 def _network_of(run: Run) -> Staged:
-    images = load_data(run.data, "test")
+    images = load_data(run.dataset, "test")
     return build_model(run.model, images.classes, images.channels, seed=0)
 
 

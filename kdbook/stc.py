@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.chains.divergence import record_of, training_images
+from kdlib import store
+from kdlib.chains.divergence import training_images
 from kdlib.data import Images
-from kdlib.engine.state import trained_networks
+from kdlib.engine.state import trained_modules
 from kdlib.methods import Step
 from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.runs import Run
@@ -34,10 +35,10 @@ def gradient_cosines(
     step, rows = _step(run, images.first(count)), []
     for epoch in epochs:
         expected = trained.summary["weights"].get(str(epoch))
-        networks = trained_networks(run, epoch, images, expected).train().requires_grad_(True)
-        aux = _autocast(networks, images.device)
+        modules = trained_modules(run, epoch, images, expected).train().requires_grad_(True)
+        aux = _autocast(modules, images.device)
         _, terms = run.method.loss(step._replace(student=aux.pop("student"), aux=aux))
-        for stage, part in enumerate([networks["student"].stem, *networks["student"].body]):
+        for stage, part in enumerate([modules["student"].stem, *modules["student"].body]):
             one, other = (_gradient(terms[name], part) for name in (first, second))
             if one.any() and other.any():
                 cosine = F.cosine_similarity(one, other, dim=0).item()
@@ -60,10 +61,10 @@ def _step(run: Run, images: Images) -> Step:
     pretrained, teacher, teacher_logits = {}, None, None
     for name, other in run.method.pretrained().items():
         last = other.recipe.epochs
-        expected = record_of(other).summary["weights"][str(last)]
-        pretrained[name] = trained_networks(other, last, images, expected)[name]
+        expected = store.require_record(other).summary["weights"][str(last)]
+        pretrained[name] = trained_modules(other, last, images, expected)[name]
     if checkpoint := run.method.teacher_at(run.recipe.epochs - 1):
-        network = record_of(checkpoint.run).model(checkpoint.epoch).to(images.device)
+        network = store.require_record(checkpoint.run).model(checkpoint.epoch).to(images.device)
         with torch.no_grad():
             teacher_logits = network(x)
         teacher = AutocastNetwork(network, images.device, torch.float32)
@@ -79,12 +80,12 @@ def _step(run: Run, images: Images) -> Step:
 
 
 def _autocast(
-    networks: Mapping[str, nn.Module], device: torch.device
+    modules: Mapping[str, nn.Module], device: torch.device
 ) -> dict[str, AutocastNetwork | InFloat32]:
-    """The networks in the form in which a step holds them, in float32 on every device."""
+    """The modules in the form in which a step holds them, in float32 on every device."""
     return {
-        name: network
-        if isinstance(network, InFloat32)
-        else AutocastNetwork(network, device, torch.float32)
-        for name, network in networks.items()
+        name: module
+        if isinstance(module, InFloat32)
+        else AutocastNetwork(module, device, torch.float32)
+        for name, module in modules.items()
     }

@@ -55,7 +55,7 @@ def adapter_of(run, epoch):
         torch.manual_seed(mix("parts", run.seed))
         adapter = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
     if epoch:
-        adapter.load_state_dict(store.within(store.load_networks(run, epoch), "adapter."))
+        adapter.load_state_dict(store.select(store.load_modules(run, epoch), "adapter."))
     return adapter.train()
 
 
