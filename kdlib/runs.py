@@ -1,14 +1,11 @@
-"""Run, Method, Recipe and Step: the description of a training.
-
-They are one recursive type, and so one file: a run has a method, and the method's teacher is a run.
-"""
+"""Run, Method, Recipe, Step: one recursive type, since the teacher of a run's method is a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
 from typing import ClassVar, NamedTuple
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdlib.data import canonical_name, check_name
+from kdlib.description import describe
 from kdlib.models import Staged
 from kdlib.models.names import check_model
 from kdlib.models.precision import AutocastNetwork
@@ -27,6 +25,7 @@ from kdlib.models.precision import AutocastNetwork
 ENGINE_VERSION = 1
 
 Terms = dict[str, Tensor]
+Modules = Mapping[str, AutocastNetwork | nn.Module]
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,6 @@ class Recipe:
         lr: initial learning rate.
         milestones: epochs after which the rate is multiplied by ``decay``.
         weight_decay: factor of the L2 penalty on every parameter.
-
-    Raises ValueError for fewer than one epoch or one image in a batch.
     """
 
     epochs: int
@@ -69,18 +66,14 @@ class Checkpoint(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The input of a loss: one batch, and the networks of one training.
-
-    On a GPU the networks compute in half precision, but they return float32. Losses compute in
-    float32 on every device.
+    """The input of a loss: one batch, and networks that return float32 on every device.
 
     Attributes:
         x: images ``[b, channels, height, width]``.
         labels: int64 ``[b]``.
-        teacher_logits: ``[b, classes]``, for exactly these views; None without a teacher or where
-            the method does not set ``needs_logits``.
+        teacher_logits: ``[b, classes]``, for exactly these views, with ``needs_logits``; else None.
         student: the network to train.
-        teacher: the teacher, frozen, where the method sets ``needs_teacher``; else None.
+        teacher: the teacher, frozen, with ``needs_teacher``; else None.
         aux: the auxiliary modules that the method trains, by name.
         pretrained: modules that other runs have trained, by name, in eval mode.
         inputs: this step's part of the method's ``epoch_inputs``, by name.
@@ -91,31 +84,20 @@ class Step(NamedTuple):
     teacher_logits: Tensor | None
     student: AutocastNetwork
     teacher: AutocastNetwork | None
-    aux: Mapping[str, AutocastNetwork | nn.Module]
-    pretrained: Mapping[str, AutocastNetwork]
+    aux: Modules
+    pretrained: Modules
     inputs: Mapping[str, Tensor] = {}
 
 
 class SGD(NamedTuple):
-    """An optimizer with a learning rate and a schedule of its own.
-
-    Attributes:
-        recipe: rate and schedule; epochs and batch are those of the student.
-        modules: names of the modules that it updates.
-    """
+    """An optimizer of these modules, with the rate and the schedule of a recipe of its own."""
 
     recipe: Recipe
     modules: tuple[str, ...]
 
 
 class Curve(NamedTuple):
-    """A term of the loss that the record keeps at a finer resolution than epochs.
-
-    Attributes:
-        term: name of the term.
-        every: steps over which one mean is taken.
-        bins: number of means; later steps are not kept.
-    """
+    """Means of a term of the loss over ``every`` steps each; a record keeps the first ``bins``."""
 
     term: str
     every: int
@@ -128,12 +110,10 @@ class Method:
 
     Attributes:
         needs_logits: the loss reads the teacher's logits.
-        needs_teacher: the method uses the teacher itself, not only its logits.
-        runs_teacher: every step runs the teacher; by default where ``needs_teacher`` is set.
+        needs_teacher: the method uses the teacher itself; ``runs_teacher``: in every step.
         standalone: the student works without the auxiliary modules.
-        reads_gradients: the method reads gradients, so nothing may compute in half precision,
-            where gradients are scaled.
-        curve: a term to record at a finer resolution than epochs.
+        reads_gradients: nothing may compute in half precision, where gradients are scaled.
+        curve: a term that the record keeps at a finer resolution than epochs.
     """
 
     needs_logits = True
@@ -147,10 +127,7 @@ class Method:
         return self.needs_teacher
 
     def teacher_at(self, epoch: int) -> Checkpoint | None:
-        """The teacher's checkpoint for the student's ``epoch``, counted from 0; None without one.
-
-        This answer is the only difference between plain distillation and the strategies of RCO.
-        """
+        """The teacher's checkpoint for the student's ``epoch`` (from 0); None without a teacher."""
         return None
 
     def checkpoints(self, epochs: int) -> set[Checkpoint]:
@@ -163,36 +140,30 @@ class Method:
     def aux_modules(
         self, student: Staged, teacher: Staged | None, x: Tensor
     ) -> dict[str, nn.Module]:
-        """New modules that are trained together with the student, by name.
+        """New modules to train with the student, by name; whole networks are tested as it is.
 
-        Called once, under a seeded random state, with a few images ``x``. A module that is a whole
-        network is tested after each epoch, as the student is.
+        Called once, under a seeded random state, with a few images ``x``.
         """
         return {}
 
     def optimizers(self, modules: nn.ModuleDict) -> dict[str, SGD | Optimizer]:
-        """Optimizers besides the student's, by name.
+        """Optimizers besides the student's, which updates all modules that they do not.
 
-        Modules without an optimizer of their own are updated by the student's. An ``Optimizer``
-        has the name of the module that it updates; it keeps its momentum as ``momentum_buffer``,
-        as ``torch.optim.SGD`` does.
+        An ``Optimizer`` has the name of the module that it updates, and keeps its momentum as
+        ``momentum_buffer``.
         """
         return {}
 
     def pretrained(self) -> dict[str, Run]:
-        """Auxiliary modules of other runs that this method uses: their names and those runs."""
+        """By name, runs whose auxiliary module of that name this method uses."""
         return {}
 
     def composites(
-        self,
-        student: AutocastNetwork,
-        teacher: AutocastNetwork | None,
-        aux: Mapping[str, AutocastNetwork | nn.Module],
+        self, student: AutocastNetwork, teacher: AutocastNetwork | None, aux: Modules
     ) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Classifiers made of several networks, from images to logits, by name.
+        """Classifiers made of several networks, by name, to test after each epoch.
 
-        They are tested after each epoch, as the student is. A composite named ``student`` is
-        tested in the place of the student.
+        One named ``student`` is tested in the place of the student.
         """
         return {}
 
@@ -201,42 +172,32 @@ class Method:
         return {}
 
     def should_stop(self, modules: nn.ModuleDict, within: int = 0) -> bool:
-        """Whether the run ends now, before the last epoch of its recipe.
+        """Whether the run ends now, before its recipe's last epoch; asked after every epoch.
 
-        Asked after every epoch. With ``within``: whether the run may end within so many steps;
-        asked before an epoch. Where the answer is yes, the first question is asked after every
-        step of that epoch.
+        Given ``within``, whether it may end within so many steps; asked before every epoch. If so,
+        the first question is asked after each step of that epoch.
         """
         return False
 
     def epoch_inputs(
         self, epoch: int, generator: torch.Generator, steps: int, batch: int, classes: int
     ) -> dict[str, Tensor]:
-        """Random numbers or schedules that the loss reads in one epoch, ``[steps, …]``, by name.
+        """Random numbers and schedules that the steps of an epoch read, ``[steps, …]``, by name.
 
-        A step draws no random numbers and knows no epoch, so that it can be captured as a graph:
-        both come from here. Shapes must be the same in every epoch.
-
-        Args:
-            epoch: of the student, counted from 0.
-            generator: seeded by the run's seed and the epoch.
+        A step itself draws no random numbers and knows no epoch, so that it can be captured as a
+        graph. Shapes stay the same. Seed and epoch (from 0) of the run seed the ``generator``.
         """
         return {}
 
     def extra_updates(self, step: Step) -> Iterator[tuple[str, Terms]]:
-        """Updates at the beginning of a step, each before the next one is computed.
+        """Updates before that of ``loss``: names of optimizers, each with named terms.
 
-        Yields the name of an optimizer, and named terms. The term of that name is minimised by
-        that optimizer alone; all terms are logged.
+        An optimizer alone minimises the term of its name; all terms are logged.
         """
         return iter(())
 
     def loss(self, step: Step) -> tuple[Tensor, Terms]:
-        """The student's logits, and named terms of one batch.
-
-        The term ``loss`` is minimised by all optimizers that ``extra_updates`` does not name; all
-        terms are logged.
-        """
+        """The student's logits, and named terms. All are logged, and ``loss`` is minimised."""
         raise NotImplementedError
 
 
@@ -252,25 +213,26 @@ class CrossEntropy(Method):
 
 @dataclass(frozen=True)
 class Run:
-    """One training: data, model, method, recipe, seed. A teacher in the method is itself a Run.
+    """One training: data, model, method, recipe, seed.
 
-    Making a run reads no file. An image folder, or the file of an architecture that a search has
-    found, is read when the run is named (``id``) or trained.
+    Making a run reads no file. An image folder is read when the run's ``id`` is asked for, the file
+    of a found architecture when the run is trained.
 
     Attributes:
         data: name for ``load_data``.
         model: name for ``build_model``.
         images: number of training images, classes in turn; None for all.
-        start: begin from the last weights of this run, of the same data and model, instead of
-            random weights; optimizer and schedule begin anew.
-        keep: epochs whose weights stay in the store besides the last. Not part of the id, because
-            it changes no number.
-        save_logits: keep also the logits of the validation images after every epoch, in half
-            precision. Not part of the id either.
+        start: begin with the last weights of this run, of the same data and model, and with a new
+            optimizer and schedule.
+        keep: epochs whose weights stay in the store besides the last; not part of the id.
+        save_logits: save the logits of the validation images after every epoch, in half precision;
+            not part of the id.
 
     Raises UnknownName where the data set or the model is unknown, ValueError where the method does
     not fit the model.
     """
+
+    DESCRIBED_BY: ClassVar = {"data": "dataset"}
 
     data: str
     model: str
@@ -291,19 +253,11 @@ class Run:
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
         if not self.method.standalone and self.save_logits:
-            raise ValueError(
-                f"The student of {self._title} does not work without its auxiliary modules, so it "
-                f"has no logits to save."
-            )
+            raise ValueError(f"The student of {self} needs auxiliary modules: it saves no logits.")
         if self.start and not self.start.method.standalone:
-            raise ValueError(
-                f"A run cannot start from {self.start._title}: that student does not work without "
-                f"its auxiliary modules."
-            )
+            raise ValueError(f"No run starts from {self.start}: it needs auxiliary modules.")
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):
-            raise ValueError(
-                f"A {self.model} on {self.data} cannot start from {self.start._title}."
-            )
+            raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
 
     @cached_property
     def dataset(self) -> str:
@@ -317,7 +271,7 @@ class Run:
 
     @cached_property
     def description(self) -> dict:
-        """The content of the id as plain JSON, with the descriptions of all ancestors."""
+        """The content of the id as plain JSON."""
         return describe(self)
 
     @cached_property
@@ -329,41 +283,16 @@ class Run:
     @cached_property
     def parents(self) -> list[Checkpoint]:
         """The teachers, and the checkpoint that the run starts from."""
-        first = [Checkpoint(self.start, self.start.recipe.epochs)] if self.start else []
-        return [*first, *self.teachers]
+        start = self.start
+        return [*([Checkpoint(start, start.recipe.epochs)] if start else []), *self.teachers]
 
     @property
     def epochs_before(self) -> int:
         """Epochs of the runs that this one starts from. The order of images continues there."""
         return self.start.epochs_before + self.start.recipe.epochs if self.start else 0
 
-    @property
-    def _title(self) -> str:
+    def __str__(self) -> str:
         method = type(self.method).__name__
         if at := getattr(self.method, "at", None):
             method += f" of epoch {at}"
-        return f"{self.model} · {method} · seed {self.seed}"
-
-    def __str__(self) -> str:
-        return f"{self._title} · {self.id}"
-
-
-def describe(value):
-    """A frozen dataclass as plain JSON.
-
-    Fields at their default are left out, so that a new field with a default changes no id.
-    """
-    if is_dataclass(value):
-        kind = type(value)
-        own = kind.__module__.startswith("kdlib.")
-        parts = {"kind": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"}
-        for f in fields(value):
-            named = isinstance(value, Run) and f.name == "data"
-            content = value.dataset if named else getattr(value, f.name)
-            if f.compare and content != f.default:
-                parts[f.name] = describe(content)
-        return parts
-    if isinstance(value, tuple | list):
-        return [describe(part) for part in value]
-    # 1 and 1.0 are equal, and so are runs that differ in nothing else
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return f"{self.model} · {method} · seed {self.seed} · {self.id}"

@@ -106,7 +106,7 @@ class LogitCache:
         self.known[index, view] = True  # last, since memory may have run out above
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """The tensor on the teacher's device; from pinned memory, so that the host does not wait."""
+        """The tensor on the teacher's device, by pinned memory, so that the host does not wait."""
         if self.device.type == "cpu" or tensor.device == self.device:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,5 +1,6 @@
 """TrainerPool: students that train in parallel, as many as a device has memory and time for."""
 
+import os
 import time
 import warnings
 from collections import deque
@@ -16,12 +17,29 @@ from kdlib.engine.graph import is_complete, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
-from kdlib.engine.width import Width, free_memory
 from kdlib.errors import NotFinite
 from kdlib.runs import Run
 
+# Students in parallel. One keeps a CPU busy; a step of one small network leaves most of a GPU idle.
+PARALLEL = {"cpu": 1, "cuda": 16}
 # Words in errors that report a lack of memory, besides torch.OutOfMemoryError.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
+def asked_parallel(parallel: int | None, device: torch.device) -> int:
+    """Students in parallel: by the argument, else by ``$KDLIB_PARALLEL``, else by the device.
+
+    Raises ValueError for less than one.
+    """
+    asked = parallel if parallel is not None else os.environ.get("KDLIB_PARALLEL")
+    if asked in (None, ""):
+        return PARALLEL[device.type]
+    if not (str(asked).isdecimal() and int(asked)):
+        raise ValueError(
+            f"{asked} students in parallel: give a whole number of at least 1 "
+            f"(argument parallel, or KDLIB_PARALLEL)."
+        )
+    return int(asked)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -31,32 +49,28 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 class TrainerPool:
-    """Trains the runs, all of one data set, that no other process is training.
+    """Trains runs of one data set. The steps of the trainers take turns.
 
-    The steps of the trainers take turns. When a run is finished, the next one begins at once.
+    Args:
+        parallel: the largest number of students that train at a time; it falls if memory runs out.
     """
 
-    def __init__(
-        self,
-        runs: list[Run],
-        device: torch.device,
-        width: Width,
-        caches: CachePool,
-        progress: Progress,
-    ):
-        self.waiting, self.device, self.width = deque(runs), device, width
+    def __init__(self, device: torch.device, parallel: int, caches: CachePool, progress: Progress):
+        self.device, self.parallel = device, parallel
         self.caches, self.progress = caches, progress
+        self.waiting: deque[Run] = deque()
         self.active: list[Trainer] = []
         self.locks: dict[str, ExitStack] = {}
         self.failures: dict[str, NotFinite] = {}
 
-    def train(self) -> dict[str, NotFinite]:
-        """Train until no run is left; wait a little where other processes train all of them.
+    def train(self, runs: list[Run]) -> dict[str, NotFinite]:
+        """Train the runs that no other process is training; wait a little if others train all.
 
         Nothing waits while it holds a lock, so that processes cannot block each other. Out of
         memory, fewer students continue. If a step was lost, the runs continue later from their
         last saved epoch. Returns by id the error of each run whose loss was not finite.
         """
+        self.waiting.extend(runs)
         idle, too_many = True, 0
         try:
             while self._fill():
@@ -77,7 +91,7 @@ class TrainerPool:
 
     def _fill(self) -> bool:
         """Begin waiting runs while there is room; whether any run is in training."""
-        while len(self.active) < self.width.now and (run := self._claim()):
+        while len(self.active) < self.parallel and (run := self._claim()):
             try:
                 self._open(run)
                 continue
@@ -95,7 +109,7 @@ class TrainerPool:
             f"Out of memory with {students} students in parallel: {fewer} from now on.",
             stacklevel=2,
         )
-        self.width.limit(fewer)
+        self.parallel = fewer
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -138,10 +152,8 @@ class TrainerPool:
             self.test = load_data(run.dataset, "test", self.device)
         runs = [run, *(trainer.run for trainer in self.active)]
         self.caches.serve(len(runs), {store.saved_fingerprint(*c) for c in teacher_passes(runs)})
-        free = free_memory(self.device) if self.width.growing else 0
         trainer = Trainer(run, self.images, self.test, self.caches)
         trainer.begin_epoch()
-        self.width.opened(free - free_memory(self.device) if self.width.growing else 0)
         self.progress.begin(run, trainer.epoch)
         self.active.append(trainer)
 
@@ -166,7 +178,6 @@ class TrainerPool:
             return
         images = trainer.taken * trainer.run.recipe.batch
         self.progress.epoch(trainer.run, row, images, trainer.finished)
-        self.width.epoch_over(trainer.run.id, trainer.started, len(self.active))
         if not trainer.finished:
             trainer.begin_epoch()
             return
@@ -178,7 +189,6 @@ class TrainerPool:
     def _close(self, trainer: Trainer) -> None:
         self.active.remove(trainer)
         self._release(trainer.run)
-        self.width.restart()
 
     def _wait(self) -> None:
         """A graph must not write to memory that is in use for something else."""
@@ -191,6 +201,7 @@ class TrainerPool:
             self._wait()
         finally:
             self.active.clear()
+            self.waiting.clear()
             for lock in self.locks.values():
                 lock.close()
             self.locks.clear()

@@ -12,9 +12,8 @@ from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.device import pick_device, prepare
 from kdlib.engine.graph import is_complete, next_level
 from kdlib.engine.passes import teacher_passes
-from kdlib.engine.pool import TrainerPool
+from kdlib.engine.pool import TrainerPool, asked_parallel
 from kdlib.engine.progress import Progress
-from kdlib.engine.width import Width, asked_parallel
 from kdlib.errors import NotFinite, NothingFound, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -58,9 +57,8 @@ def train(
 
     Args:
         device: ``cpu``, ``cuda``, …; None takes a GPU if there is one.
-        parallel: students that train at a time; None takes ``$KDLIB_PARALLEL`` or chooses: 1 on a
-            CPU, on a GPU as many as memory and the measured speed allow. Fewer where memory runs
-            out.
+        parallel: students that train at a time; None takes ``$KDLIB_PARALLEL``, else 1 on a CPU
+            and 16 on a GPU. Fewer where memory runs out.
         weights: train also runs of which only a record exists.
         partial: return None for runs that failed, and warn, instead of raising NotFinite or
             NothingFound.
@@ -75,7 +73,7 @@ def train(
         results = iter(train(chain(*rows.values()), device, parallel, weights, partial))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     device = pick_device(device)
-    session = _Session(device, asked_parallel(parallel))
+    session = _Session(device, asked_parallel(parallel, device))
     prepare(device)
     runs, missing = session.follow(list(runs), weights)
     session.ensure(runs, weights)
@@ -91,7 +89,7 @@ class _Session:
         failures: by id the errors of runs that failed, and of runs that would learn from them.
     """
 
-    def __init__(self, device: torch.device, parallel: int | None):
+    def __init__(self, device: torch.device, parallel: int):
         self.device, self.parallel = device, parallel
         self.failures: dict[str, NotFinite] = {}
 
@@ -141,13 +139,15 @@ class _Session:
         passes = {store.saved_fingerprint(*c): p for c, p in teacher_passes(level).items()}
         CACHES.expect({teacher for teacher, p in passes.items() if not p.saves(WORTH)})
         progress = Progress(sum(run.recipe.epochs for run in level))
-        widths = {(run.dataset, run.images): Width(self.device, self.parallel) for run in level}
+        pools = {
+            (run.dataset, run.images): TrainerPool(self.device, self.parallel, CACHES, progress)
+            for run in level
+        }
         try:
             while level:
-                for data in {(run.dataset, run.images) for run in level}:
-                    together = [run for run in level if (run.dataset, run.images) == data]
-                    pool = TrainerPool(together, self.device, widths[data], CACHES, progress)
-                    self.failures.update(pool.train())
+                for data, pool in pools.items():
+                    if together := [run for run in level if (run.dataset, run.images) == data]:
+                        self.failures.update(pool.train(together))
                 level = [
                     run
                     for run in level

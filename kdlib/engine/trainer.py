@@ -110,7 +110,7 @@ class Trainer:
         self.taken += 1
 
     def check_stop(self) -> None:
-        """After a step, end the epoch where the method ends the run. The host waits for the step."""
+        """End the epoch after this step if the method ends the run; the host waits for the step."""
         if self.watched:
             self._synchronise()
             if self.run.method.should_stop(self.state.modules):

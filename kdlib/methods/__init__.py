@@ -17,29 +17,3 @@ from kdlib.methods.penalties import Penalised
 from kdlib.methods.representing import KR
 from kdlib.methods.route import OneStage, multi_stage
 from kdlib.runs import CrossEntropy, Method, Step
-
-__all__ = [
-    "FSP",
-    "KD",
-    "KDGAN",
-    "KR",
-    "NST",
-    "STC",
-    "AttentionTransfer",
-    "CrossEntropy",
-    "FactorTransfer",
-    "FromTeacher",
-    "GateSearch",
-    "Hint",
-    "Method",
-    "MutualLearning",
-    "OnLogits",
-    "OneStage",
-    "Paraphrase",
-    "Penalised",
-    "RocketLaunching",
-    "Step",
-    "Wrapper",
-    "multi_stage",
-    "paraphrase",
-]

@@ -1,4 +1,4 @@
-"""STC: the student's front and the teacher's back make one network, trained together."""
+"""STC: the student's front and the teacher's back form one network, and are trained together."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ TARGETS = ("output", "soft", "label", "truth")
 class STC(OnLogits):
     """alpha·C(teacher's back(student's front(x)), target) + (1 - alpha)·the student's own loss.
 
-    Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term comes to the student
-    through the teacher's later stages, which are frozen and in eval mode. Where features differ in
-    shape, an adapter that is trained along joins them; at inference it is dropped with the teacher.
+    Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term reaches the student
+    through the teacher's later stages, which are frozen and in eval mode. Where the features differ
+    in shape, an adapter connects them. It is trained with the student; at inference neither the
+    adapter nor the teacher is used. The student's own loss is that of ``OnLogits``: CE, or with a
+    kd_weight "STC+KD" (decision STC-g).
 
     Attributes:
         alpha: 0.3 on CIFAR-10, 0.5 elsewhere.
         cut: both networks are cut after this stage.
-        target: ``output``, the teacher's softmax; ``soft``, at ``temperature``, times T²;
-            ``label``, its most likely class; ``truth``, the label of the data set.
+        target: ``output``, the teacher's softmax; ``soft``, the softmax at ``temperature``, and the
+            loss times T²; ``label``, the teacher's most likely class; ``truth``, the true label.
 
-    The student's own loss is that of ``OnLogits``: CE, or with kd_weight "STC+KD" (decision STC-g).
-    Raises ValueError for an alpha beyond [0, 1], an unknown target, a cut where there is no stage.
+    Raises ValueError for an alpha outside [0, 1], an unknown target, and a cut after a stage that
+    one of the networks does not have.
     """
 
     alpha: float = 0.3
@@ -40,12 +42,12 @@ class STC(OnLogits):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.cut == int(self.cut):  # 2.0 is 2; what is no stage at all, `check` refuses
+        if self.cut == int(self.cut):  # 2.0 is 2; `check` refuses other numbers
             object.__setattr__(self, "cut", int(self.cut))
         if self.target not in TARGETS:
-            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+            raise ValueError(f"Unknown target {self.target!r}. Known: {', '.join(TARGETS)}.")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is a share of the loss, from 0 to 1, not {self.alpha}.")
+            raise ValueError(f"alpha={self.alpha}: give a share of the loss, from 0 to 1.")
 
     @property
     def needs_logits(self):

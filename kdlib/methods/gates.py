@@ -1,4 +1,4 @@
-"""Search for a student inside the teacher: a gate on every channel, closed by proximal gradient."""
+"""Search for a student inside the teacher: proximal gradient closes gates on its channels."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
 
 TARGETS = ("soft", "output", "truth")
-# An epoch may be the search's last where the budget would be reached by summary all gates within
-# so many times what the penalty alone takes of each in an epoch.
+# The search may reach its budget within an epoch if the gates would reach it after this many times
+# the decrease by the penalty alone.
 REACH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSearch(FromTeacher):
-    """weight·C(gated(x), target) + strength·Σ α_j|g_j|, until what is open costs at most a budget.
+    """Minimise weight·C(gated(x), target) + strength·Σ α_j|g_j| until a budget is reached.
 
-    Search for Better Students, Eq. 3 to 5. The student starts as the teacher (``Run.start``) with a
-    gate of 1 on every channel that a gated layer reads. Its weights move by the run's recipe, its
-    gates by accelerated proximal gradient, in one backward pass.
+    Search for Better Students, Eq. 3 to 5. The student starts as the teacher (``Run.start``), with
+    a gate of 1 on every input channel of a gated layer. The run's recipe updates the weights,
+    accelerated proximal gradient the gates, both from one backward pass.
 
     Attributes:
-        budget: of the whole network's multiply-accumulates the share that the network to find may
-            cost; the run ends as soon as the network that its open gates make costs no more.
+        budget: a share of the teacher's multiply-accumulates. The run ends as soon as the network
+            of the open gates costs no more than this.
         strength: λ₂.
-        weight: of the first term, beside which λ₂ has its meaning.
-        weighted: α_j is what summary gate j saves, over the mean of all; else 1.
-        target: ``soft``, the teacher's softmax at ``temperature``, as T²·KL (the paper's);
-            ``output``, its softmax at T = 1, as cross-entropy (its "network pruning"); ``truth``,
-            the label of the data set (what is usually called so).
-        held_at: ε: with ``soft``, the divergence is pushed to this value instead of to 0.
-        rate, momentum: of the gates' updates, η and μ.
+        weight: factor of the first term; the effect of λ₂ depends on it.
+        weighted: α_j is the saving of gate j over the mean saving; else α_j is 1.
+        target: ``soft``, the teacher's softmax at ``temperature``, by T²·KL (the paper's choice);
+            ``output``, the teacher's softmax at T = 1, by cross-entropy (the paper's "network
+            pruning"); ``truth``, the true label (the usual meaning of network pruning).
+        held_at: ε: with ``soft``, the divergence is driven to this value instead of to 0.
+        rate, momentum: η and μ of the gates' updates.
 
-    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number out of its
-    range, a run that does not start as the teacher, and a network that has no gates.
+    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number outside its
+    range, a run that does not start as the teacher, and a network without gates.
     """
 
     budget: float
@@ -62,16 +62,18 @@ class GateSearch(FromTeacher):
     def __post_init__(self):
         super().__post_init__()
         if self.target not in TARGETS:
-            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+            raise ValueError(f"Unknown target {self.target!r}. Known: {', '.join(TARGETS)}.")
         if not 0 < self.budget < 1:
-            raise ValueError(f"A budget is a share of the teacher's cost, not {self.budget}.")
+            raise ValueError(
+                f"budget={self.budget}: give a share of the teacher's cost, between 0 and 1."
+            )
         if (
             min(self.strength, self.weight, self.rate, self.held_at) < 0
             or not 0 <= self.momentum < 1
         ):
-            raise ValueError(f"A search needs a momentum below 1, and nothing below 0: {self}.")
+            raise ValueError(f"A search needs a momentum below 1 and no number below 0: {self}.")
         if self.held_at and self.target != "soft":
-            raise ValueError(f"Only a soft target is held at a divergence, not {self.target!r}.")
+            raise ValueError(f"held_at needs the target soft, not {self.target!r}.")
 
     @property
     def needs_logits(self):
@@ -79,7 +81,7 @@ class GateSearch(FromTeacher):
 
     def check(self, run):
         if run.start != self.teacher or self.teacher_epoch != self.teacher.recipe.epochs:
-            raise ValueError(f"A search begins as its teacher: give {run} start={self.teacher}.")
+            raise ValueError(f"A search starts as its teacher: give {run} start={self.teacher}.")
         _refuse_without_gates(run.model)
 
     def aux_modules(self, student, teacher, x):
@@ -105,7 +107,7 @@ class GateSearch(FromTeacher):
     def imitate(
         self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The first term of Eq. 3, or of Eq. 5; ``sparsity`` is minimised by the proximal step."""
+        """The first term of Eq. 3 or Eq. 5; the proximal step minimises the term ``sparsity``."""
         match self.target:
             case "soft":
                 kd = losses.kd(logits, teacher_logits, self.temperature)
@@ -126,7 +128,7 @@ class GateSearch(FromTeacher):
 
     def should_stop(self, modules, within=0):
         gates = modules["gates"]
-        # what the penalty alone takes of each gate in so many steps
+        # the decrease of each gate by the penalty alone, in so many steps
         closing = within * self.rate * self.strength / (1 - self.momentum) * gates.alpha
         return gates.share(above=REACH * closing) <= self.budget
 
@@ -134,18 +136,18 @@ class GateSearch(FromTeacher):
 @lru_cache
 def _refuse_without_gates(model: str) -> None:
     if MARK in model:
-        raise ValueError(f"{model} was found by a search itself: search in the whole network.")
+        raise ValueError(f"{model} is the result of a search. Search in the whole network instead.")
     with torch.device("meta"):
         read_channels(builder(model)(classes=2, channels=1))
 
 
 class Gates(InFloat32):
-    """A gate on every channel that a gated layer reads, 1 at first.
+    """A gate on every input channel of a gated layer, at first 1.
 
-    To multiply a channel is to multiply the weights that read it: a convolution of a gated image is
-    the convolution by gated weights. The gate of a channel that a layer without inputs puts out
-    counts as closed, so that what is closed can be taken out without a change. Such a layer has no
-    gradient any more: it stays dead.
+    A gate multiplies the weights that read its channel, which has the same effect as to multiply
+    the channel. A layer whose gates are all closed has no inputs. The gates of the channels that it
+    computes count as closed too, so that extraction changes no logit. Such a layer has no gradient,
+    and stays closed.
 
     Attributes:
         values: the gates ``[m]``, layer by layer.
@@ -160,7 +162,7 @@ class Gates(InFloat32):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
-        # Of every reader, which layer each of its channels comes from: the last stands for none.
+        # For each reader, the number of the layer that computes each of its channels; -1 for none.
         numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
         sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
         repeats = [c.channels for r in channels.readers for c in r.inputs]
@@ -168,7 +170,7 @@ class Gates(InFloat32):
         self.register_buffer("sources", index % (len(numbers)), persistent=False)
 
     def forward(self, network: Staged | AutocastNetwork) -> dict[str, Tensor]:
-        """The weights of the gated network that are not the network's own, by name."""
+        """The weights of the gated network that differ from the network's own, by name."""
         scaled = {}
         for reader, gate in zip(self.channels.readers, self._effective(), strict=True):
             layer = network.get_submodule(reader.name)
@@ -181,7 +183,7 @@ class Gates(InFloat32):
         return scaled
 
     def _effective(self) -> list[Tensor]:
-        """What each reader's channels are multiplied by."""
+        """The factors of each reader's channels."""
         readers = self.channels.readers
         gates = iter(self.values.split(self.channels.sizes))
         gates = [next(gates) if reader.gated else None for reader in readers]
@@ -192,23 +194,23 @@ class Gates(InFloat32):
             for k, (gate, source) in enumerate(zip(gates, sources, strict=True)):
                 masks.append(lives[source])
                 lives[k] = (masks[k] if gate is None else masks[k] & (gate > 0)).any()
-        # Not by the gate's own sign: a closed one still has a slope, and may open again.
+        # Not masked by the gate itself: a closed gate still has a gradient, and may open again.
         return [
             mask.float() if gate is None else gate * mask
             for gate, mask in zip(gates, masks, strict=True)
         ]
 
     def kept(self, above: Tensor | float = 0.0) -> Kept:
-        """The channels that stay where the gates above a value, or values ``[m]``, are open."""
+        """The channels that remain if gates above this value, or these values ``[m]``, are open."""
         is_open = (self.values.detach() > above).cpu().numpy()
         return self.channels.settle(self.channels.split(is_open))
 
     def macs(self, above: Tensor | float = 0.0) -> int:
-        """Multiply-accumulates of the network that would be extracted."""
+        """Multiply-accumulates of the network that ``kept`` describes."""
         return self.channels.macs(self.kept(above))
 
     def share(self, above: Tensor | float = 0.0) -> float:
-        """The same over those of the whole network."""
+        """The same as a share of the whole network's."""
         return self.macs(above) / self.channels.whole
 
 
@@ -222,11 +224,11 @@ class AcceleratedProximal(torch.optim.Optimizer):
         threshold: a, that is η·λ₂·α, of the parameters' shape.
         lr: η, which never falls.
         momentum: μ.
-        necks: ranges of which the largest value stays as it is where all would vanish: without any
-            the network would be cut in two.
+        necks: ranges of parameters in which at least one must stay open, or the network would be
+            cut in two. If all would close, the largest keeps its value.
     """
 
-    # Told of half precision's scale and overflow by tensors: no host sync in a step.
+    # The scaler of half precision passes scale and overflow as tensors: the host does not wait.
     _step_supports_amp_scaling = True
 
     def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, necks=()):
@@ -248,7 +250,7 @@ class AcceleratedProximal(torch.optim.Optimizer):
                 moved = (shrunk + group["momentum"] * velocity).clamp(min=0)
                 for begin, end in self.necks:
                     _keep_largest(gate[begin:end], moved[begin:end])
-                if overflow is not None:  # as if this step had not been
+                if overflow is not None:  # undo this step
                     velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)
                     moved = torch.where(overflow > 0, gate, moved)
                 state["momentum_buffer"].copy_(velocity)
@@ -256,7 +258,7 @@ class AcceleratedProximal(torch.optim.Optimizer):
 
 
 def _keep_largest(before: Tensor, after: Tensor) -> None:
-    """Where nothing is left after a step, put back the largest of before."""
+    """If a step closed all of a range, restore the largest value from before."""
     place = before.argmax().unsqueeze(0)
     after.scatter_(0, place, torch.where(after.any(), after, before)[place])
 

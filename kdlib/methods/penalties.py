@@ -1,4 +1,4 @@
-"""Penalties on a network that learns from labels: L1, L2, and sparse recoding of its gradients."""
+"""Penalties on a network that learns from labels: L1, L2, sparse recoding of the gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Penalised(Method):
 
     ``l1`` and ``l2`` add weight·Σ|w| and weight/2·Σw² to the loss. ``sparse`` is this project's
     reconstruction of the sparse recoding penalty, which "penalizes the gradients directly": every
-    gradient g of a weight becomes ∇ρ(g), that is gain·g where |g| > t, else 0. Each layer has a
-    threshold t of its own, which starts at the mean magnitude of its first gradient and then
-    descends mean ρ(g) + pull·(t - mean|g|)².
+    gradient g of a weight becomes ∇ρ(g), which is gain·g where |g| > t, else 0. Each layer has its
+    own threshold t. It starts at the mean magnitude of the layer's first gradient, and then
+    minimises mean ρ(g) + pull·(t - mean|g|)² by gradient descent.
 
-    The label term is kept as a curve: its mean over each of ``bins`` times ``every`` steps.
+    The record keeps a curve of CE: ``bins`` means over ``every`` steps each.
 
     Raises ValueError for an unknown penalty, a number below 0, and a curve without bins or steps.
     """
@@ -39,11 +39,11 @@ class Penalised(Method):
 
     def __post_init__(self):
         if min(self.bins, self.every) < 1:
-            raise ValueError(f"A curve needs a bin and a step at least: {self}.")
+            raise ValueError(f"bins and every must be at least 1: {self}.")
         if not min(self.weight, self.gain, self.pull) >= 0:
-            raise ValueError(f"No weight, gain or pull is below 0: {self}.")
+            raise ValueError(f"weight, gain and pull must be at least 0: {self}.")
         if self.penalty not in PENALTIES:
-            raise ValueError(f"There is no penalty {self.penalty!r}, but {', '.join(PENALTIES)}.")
+            raise ValueError(f"Unknown penalty {self.penalty!r}. Known: {', '.join(PENALTIES)}.")
 
     @property
     def curve(self):
@@ -84,7 +84,7 @@ def weights_of(network: nn.Module | AutocastNetwork) -> dict[str, nn.Parameter]:
 
 
 class Thresholds(InFloat32):
-    """One threshold a layer, not a number until its first gradient."""
+    """One threshold for each layer, NaN until the layer's first gradient."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -92,7 +92,7 @@ class Thresholds(InFloat32):
 
 
 class Recode(torch.autograd.Function):
-    """A weight as it is; its gradient g as ∇ρ(g), and the threshold's as ``Penalised`` says."""
+    """The identity on a weight, whose gradient g becomes ∇ρ(g); see ``Penalised``."""
 
     @staticmethod
     def forward(ctx, weight, threshold, gain, pull):
@@ -103,7 +103,7 @@ class Recode(torch.autograd.Function):
     def backward(ctx, gradient):
         size = gradient.abs()
         mean = size.mean()
-        # A tensor decides, not the host, so that the step can be captured.
+        # Decided on the device, so that the step can be captured.
         threshold = torch.where(ctx.threshold.isnan(), mean, ctx.threshold).clamp(min=0)
         ctx.threshold.data.copy_(threshold)
         beyond = size > threshold

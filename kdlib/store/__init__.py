@@ -23,27 +23,3 @@ from kdlib.store.weights import (
     select,
     weights_path,
 )
-
-__all__ = [
-    "Trained",
-    "copy_record",
-    "find_record",
-    "fingerprint",
-    "folder",
-    "holds_logits",
-    "holds_weights",
-    "load_checkpoint",
-    "load_logits",
-    "load_modules",
-    "load_tensors",
-    "lock",
-    "measure",
-    "require_record",
-    "save_logits",
-    "save_modules",
-    "save_tensors",
-    "saved_fingerprint",
-    "select",
-    "weights_path",
-    "write_record",
-]
