@@ -8,7 +8,7 @@ from scipy import stats
 from kdbook.claims import interval, judge, paper_cells
 from kdbook.exhibits import worded
 from kdbook.scorecard import PAPERS
-from kdlib import claims
+from kdbook import claims
 
 NOT_RUN = {}
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from kdbook.claims import Verdict, all_claims
 from kdbook.exhibits import NO_EVIDENCE, Exhibit, exhibit_names, worded
 from kdbook.profiles import PROFILES, open_profile
-from kdlib import KD, plots, scorecard, train
+from kdbook import figures as plots, scorecard
+from kdlib import KD, train
 from kdlib.errors import StoreError, UnknownName
 
 SMOKE, PAPER = open_profile("smoke"), open_profile("paper")
