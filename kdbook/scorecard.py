@@ -90,8 +90,8 @@ def forest(table: pd.DataFrame) -> Figure:
 
     Left, 0 is the paper's number and the grey band is the tolerance. Right, 1 is the paper's gap
     and 0 is no gap. A triangle at the border is an estimate outside the panel. The plot leaves out
-    claims of equality, claims without a number in the paper, and values with the verdict
-    ``direction only``, which another data set or schedule makes incomparable.
+    claims that were not run, claims of equality and claims without a number in the paper. It also
+    leaves out values with the verdict ``direction only``: their data or schedule is another one.
     """
     is_value = table.kind == "value"
     incomparable = (table.verdict == "not run") | is_value & (table.verdict == "direction only")

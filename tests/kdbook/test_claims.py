@@ -149,7 +149,7 @@ def test_a_gap_is_judged_by_the_side_of_its_interval(verdict, a, b, expected):
     assert verdict(GAP, {"a": a, "b": b}).verdict == expected
 
 
-def test_a_gap_is_paired_by_seed_and_stands_beside_the_papers(verdict, published):
+def test_a_gap_is_paired_by_seed_and_has_the_papers_gap_beside_it(verdict, published):
     """Seeds differ by ten points, methods by one."""
     published(a="72.5", b="70.0")
     gap = verdict(GAP, {"a": seeds(60.9, 71.0, 81.1), "b": {2: 80.0, 1: 70.0, 0: 60.0}})
