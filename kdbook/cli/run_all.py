@@ -167,8 +167,9 @@ def list_notebooks(profile_name: str) -> None:
     for n in all_notebooks():
         rows.append((n.exhibit, str(n.path.relative_to(ROOT)), n.cost[profile_name], n.title))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for *row, title in rows:
-        print(*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), title, sep="  ")
+    widths[-1] = 0  # no spaces after the titles
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def gpus() -> list[str]:
