@@ -52,10 +52,13 @@ def about(exhibit):
     }
 
 
+# A finished job writes the time into its output: Snakemake compares the content of small files, so
+# an empty file would not tell it that an exhibit is newer than the scorecard.
+DONE = " && date +%s.%N > {output:q}"
 RUN = (
     "mkdir -p $(dirname {params.progress:q}) && "
     "OMP_NUM_THREADS={threads} KDLIB_PROGRESS=lines KDLIB_LOG={params.progress:q} "
-    "{params.command}"
+    "{params.command}" + DONE
 )
 
 
@@ -68,7 +71,7 @@ for name in EXHIBITS:
         rule:
             name: f"{ALL[name].job}_seed{seed}"
             input: ALL[name].path
-            output: touch(done(f"{name}-seed{seed}"))
+            output: done(f"{name}-seed{seed}")
             params:
                 **about(f"{name}-seed{seed}"),
                 command=command("shard", name, seed),
@@ -85,7 +88,7 @@ for name in EXHIBITS:
     rule:
         name: ALL[name].job
         input: ALL[name].path, shards(name)
-        output: touch(done(name))
+        output: done(name)
         log: executed(name)
         params:
             **about(name),
@@ -100,9 +103,9 @@ for name in EXHIBITS:
 rule:
     name: ALL[SCORECARD].job
     input: ALL[SCORECARD].path, [done(name) for name in EXHIBITS]
-    output: touch(done(SCORECARD))
+    output: done(SCORECARD)
     log: executed(SCORECARD)
     params:
         code=CODE,
         command=command("execute", SCORECARD, executed(SCORECARD)),
-    shell: "{params.command}"
+    shell: "{params.command}" + DONE

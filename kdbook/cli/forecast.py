@@ -100,7 +100,7 @@ def _bytes(model: str) -> int:
 
 COLUMNS = (
     *("profile", "students", "epochs", "peer epochs", "teachers", "epochs"),
-    *("teacher passes", "with cache", "largest route", "all on disk"),
+    *("teacher passes", "cached", "largest route", "disk"),
 )
 
 

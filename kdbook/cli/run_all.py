@@ -266,9 +266,9 @@ def main() -> int:
         return 130
     if status:
         print(
-            f"Some jobs failed, so the scorecard was not written. Failed notebooks are marked ✗ "
-            f"above; {results / 'notebooks'} has their copies up to the error as "
-            f"*.failed.ipynb. Messages of Snakemake: {log}",
+            f"Some jobs failed, so the scorecard was not written. Lines with ✗ above name the "
+            f"failed notebooks. Their copies up to the error are the files *.failed.ipynb in "
+            f"{results / 'notebooks'}. Snakemake's messages are in {log}",
             file=sys.stderr,
         )
         return status

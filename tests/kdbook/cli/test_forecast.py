@@ -69,7 +69,7 @@ def test_a_second_network_is_counted_and_a_copied_teacher_makes_no_passes(tiny, 
 
 
 def test_a_student_that_is_not_found_yet_counts_as_its_teacher(tiny, networks):
-    search = tiny(method=GateSearch(tiny(), budget=0.5))
+    search = tiny(method=GateSearch(tiny(), budget=0.5), start=tiny())
     chain = FoundStudent(search, tiny(epochs=3)).estimate()
     assert forecast(chain).student_epochs == 2 + 3
     assert networks(*chain) == 3

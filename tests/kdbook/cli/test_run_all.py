@@ -141,8 +141,12 @@ def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, 
         assert (results / exhibit / "table.md").exists()
         executed = nbformat.read(results / "notebooks" / f"{notebook}.ipynb", as_version=4)
         assert executed.metadata.papermill.end_time
-    # Fewer exhibits and no jobs for seeds: the results are the same, so the scorecard is, too.
+    # Fewer exhibits and no jobs for seeds: no result changes, so the scorecard does not either.
     assert "Nothing to do" in call("--only", "rco/table1").stdout
+    newer = results / ".done" / "rco-table1"
+    newer.write_text(f"{float(newer.read_text()) + 1}")
+    planned = call("--only", "rco/table1", "--dry-run").stdout
+    assert re.findall("would run ([^:]*)", planned) == ["book/scorecard"]
 
 
 def test_an_interrupt_stops_all_jobs_and_says_how_to_continue(tmp_path):
