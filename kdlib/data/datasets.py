@@ -82,6 +82,12 @@ def canonical_name(name: str) -> str:
     return base + distortion
 
 
+def check_name(name: str) -> None:
+    base, _ = split_name(name)
+    if base not in KINDS and not base.startswith("folder:") and "@" not in base:
+        raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
+
+
 def count_views(name: str) -> int:
     """Distinct views of a training image, known without loading one."""
     base, _ = split_name(canonical_name(name))

@@ -1,7 +1,7 @@
 """How a student learns: one file per idea."""
 
 from kdlib.methods.collaboration import STC
-from kdlib.methods.distill import KD, CrossEntropy, FromTeacher, Method, OnLogits, Step
+from kdlib.methods.distill import KD, FromTeacher, OnLogits, Wrapper
 from kdlib.methods.gates import GateSearch
 from kdlib.methods.hints import (
     FSP,
@@ -16,6 +16,7 @@ from kdlib.methods.peers import KDGAN, MutualLearning, RocketLaunching
 from kdlib.methods.penalties import Penalised
 from kdlib.methods.representing import KR
 from kdlib.methods.route import OneStage, multi_stage
+from kdlib.runs import CrossEntropy, Method, Step
 
 __all__ = [
     "FSP",
@@ -38,6 +39,7 @@ __all__ = [
     "Penalised",
     "RocketLaunching",
     "Step",
+    "Wrapper",
     "multi_stage",
     "paraphrase",
 ]

@@ -36,7 +36,7 @@ class STC(OnLogits):
     alpha: float = 0.3
     cut: int = 2
     target: str = "output"
-    live = True
+    needs_teacher = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +48,7 @@ class STC(OnLogits):
             raise ValueError(f"alpha is a share of the loss, from 0 to 1, not {self.alpha}.")
 
     @property
-    def labelled(self):
+    def needs_logits(self):
         return self.target != "truth" or self.kd_weight != 0
 
     def check(self, run):
@@ -59,39 +59,39 @@ class STC(OnLogits):
                 f"have {stages} stages in common."
             )
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         ours, theirs = (network.until(self.cut, x) for network in (student, teacher))
         return {} if ours.shape == theirs.shape else {"adapter": adapter(ours, theirs)}
 
     def loss(self, step):
         feature = step.student.until(self.cut, step.x)
         logits = step.student.resume(self.cut, feature)
-        together = self.collaborate(feature, step.teacher, step.parts)
-        stc = self.imitate(together, step.targets, step.labels)
-        terms = self.on_logits(logits, step.labels, step.targets)
+        together = self.collaborate(feature, step.teacher, step.aux)
+        stc = self.imitate(together, step.teacher_logits, step.labels)
+        terms = self.on_logits(logits, step.labels, step.teacher_logits)
         loss = self.alpha * stc + (1 - self.alpha) * terms["loss"]
         return logits, {**terms, "loss": loss, "stc": stc}
 
-    def collaborate(self, feature: Tensor, teacher, parts) -> Tensor:
-        """Logits that the teacher's back makes of the student's feature."""
-        if "adapter" in parts:
-            feature = parts["adapter"](feature)
+    def collaborate(self, feature: Tensor, teacher, aux) -> Tensor:
+        """The logits of the teacher's back, given the student's feature."""
+        if "adapter" in aux:
+            feature = aux["adapter"](feature)
         return teacher.resume(self.cut, feature)
 
-    def imitate(self, together: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
-        """C: how far the collaboration's logits are from the target."""
+    def imitate(self, together: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        """C: the distance of the collaboration's logits from the target."""
         match self.target:
             case "output":
-                return losses.imitation(together, taught)
+                return losses.imitation(together, teacher_logits)
             case "soft":
-                return losses.imitation(together, taught, self.temperature)
+                return losses.imitation(together, teacher_logits, self.temperature)
             case "label":
-                return F.cross_entropy(together, taught.argmax(1))
+                return F.cross_entropy(together, teacher_logits.argmax(1))
             case "truth":
                 return F.cross_entropy(together, labels)
 
-    def joined(self, student, teacher, parts):
+    def composites(self, student, teacher, aux):
         def collaboration(x: Tensor) -> Tensor:
-            return self.collaborate(student.until(self.cut, x), teacher, parts)
+            return self.collaborate(student.until(self.cut, x), teacher, aux)
 
         return {"collaboration": collaboration}

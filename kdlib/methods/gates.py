@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,10 +15,8 @@ from kdlib.methods.distill import FromTeacher
 from kdlib.models.architecture import MARK
 from kdlib.models.channels import Channels, Kept, read_channels
 from kdlib.models.names import builder
+from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
-
-if TYPE_CHECKING:
-    from kdlib.models.precision import AutocastNetwork
 
 TARGETS = ("soft", "output", "truth")
 # An epoch may be the search's last where the budget would be reached by summary all gates within
@@ -60,7 +57,7 @@ class GateSearch(FromTeacher):
     held_at: float = 0.0
     rate: float = 0.01
     momentum: float = 0.9
-    whole = False
+    standalone = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,61 +74,61 @@ class GateSearch(FromTeacher):
             raise ValueError(f"Only a soft target is held at a divergence, not {self.target!r}.")
 
     @property
-    def labelled(self):
+    def needs_logits(self):
         return self.target != "truth"
 
     def check(self, run):
-        if run.start != self.teacher or self.anchor != self.teacher.recipe.epochs:
+        if run.start != self.teacher or self.teacher_epoch != self.teacher.recipe.epochs:
             raise ValueError(f"A search begins as its teacher: give {run} start={self.teacher}.")
         _refuse_without_gates(run.model)
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         return {"gates": Gates(Channels(student, x.shape[-1]), self.weighted)}
 
-    def optimizers(self, parts):
-        gates = parts["gates"]
+    def optimizers(self, modules):
+        gates = modules["gates"]
         threshold = self.rate * self.strength * gates.alpha
         settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.channels.necks}
         return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
-        gates = step.parts["gates"].network
+        gates = step.aux["gates"]
         logits = self.gated(step.student, gates, step.x)
-        terms = self.imitate(logits, step.targets, step.labels)
+        terms = self.imitate(logits, step.teacher_logits, step.labels)
         sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
         return logits, {**terms, "loss": self.weight * terms["loss"], "sparsity": sparsity}
 
     def gated(self, student: AutocastNetwork, gates: Gates, x: Tensor) -> Tensor:
         """Logits of the gated network."""
-        return student.with_weights(gates(student.network), x)
+        return student.with_weights(gates(student), x)
 
-    def imitate(self, logits: Tensor, taught: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def imitate(
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> dict[str, Tensor]:
         """The first term of Eq. 3, or of Eq. 5; ``sparsity`` is minimised by the proximal step."""
         match self.target:
             case "soft":
-                kd = losses.kd(logits, taught, self.temperature)
+                kd = losses.kd(logits, teacher_logits, self.temperature)
                 return {"loss": (kd - self.held_at).abs() if self.held_at else kd, "kd": kd}
             case "output":
-                return {"loss": losses.imitation(logits, taught)}
+                return {"loss": losses.imitation(logits, teacher_logits)}
             case "truth":
                 return {"loss": F.cross_entropy(logits, labels)}
 
-    def joined(self, student, teacher, parts):
-        # it is the gated network that is tested
-        return {"student": partial(self.gated, student, parts["gates"].network)}
+    def composites(self, student, teacher, aux):
+        # the gated network is tested in the place of the student
+        return {"student": partial(self.gated, student, aux["gates"])}
 
-    def told(self, parts):
-        gates = parts["gates"]
+    def metrics(self, modules):
+        gates = modules["gates"]
         open_gates = int((gates.values > 0).sum())
         return {"macs": gates.macs(), "macs_share": gates.share(), "open_gates": open_gates}
 
-    def arrived(self, parts):
-        return parts["gates"].share() <= self.budget
-
-    def may_stop(self, parts, steps):
-        gates = parts["gates"]
-        an_epoch = steps * self.rate * self.strength / (1 - self.momentum) * gates.alpha
-        return gates.share(above=REACH * an_epoch) <= self.budget
+    def should_stop(self, modules, within=0):
+        gates = modules["gates"]
+        # what the penalty alone takes of each gate in so many steps
+        closing = within * self.rate * self.strength / (1 - self.momentum) * gates.alpha
+        return gates.share(above=REACH * closing) <= self.budget
 
 
 @lru_cache
@@ -142,7 +139,7 @@ def _refuse_without_gates(model: str) -> None:
         read_channels(builder(model)(classes=2, channels=1))
 
 
-class Gates(nn.Module):
+class Gates(InFloat32):
     """A gate on every channel that a gated layer reads, 1 at first.
 
     To multiply a channel is to multiply the weights that read it: a convolution of a gated image is
@@ -170,7 +167,7 @@ class Gates(nn.Module):
         index = torch.tensor(sources).repeat_interleave(torch.tensor(repeats))
         self.register_buffer("sources", index % (len(numbers)), persistent=False)
 
-    def forward(self, network: Staged) -> dict[str, Tensor]:
+    def forward(self, network: Staged | AutocastNetwork) -> dict[str, Tensor]:
         """The weights of the gated network that are not the network's own, by name."""
         scaled = {}
         for reader, gate in zip(self.channels.readers, self._effective(), strict=True):

@@ -6,19 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import FromTeacher, OnLogits, Step
+from kdlib.methods.distill import FromTeacher, OnLogits
 from kdlib.models.names import builder, count_stages
-
-if TYPE_CHECKING:
-    from kdlib.models.precision import AutocastNetwork
-    from kdlib.runs import Recipe, Run
+from kdlib.models.precision import AutocastNetwork
+from kdlib.runs import Recipe, Run, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +23,8 @@ class OnFeatures(OnLogits):
     """Adds a weighted term of the stages' features. The teacher runs beside the student, and gives
     its logits as well."""
 
-    labelled = False
-    live = True
+    needs_logits = False
+    needs_teacher = True
 
     def term(
         self, ours: list[Tensor], theirs: list[Tensor], step: Step
@@ -42,8 +39,8 @@ class OnFeatures(OnLogits):
     def loss(self, step):
         ours, theirs = (self.features(n, step.x) for n in (step.student, step.teacher))
         logits = step.student.head(ours[-1])
-        taught = step.teacher.head(theirs[-1]) if self.kd_weight else None
-        terms = self.on_logits(logits, step.labels, taught)
+        teacher_logits = step.teacher.head(theirs[-1]) if self.kd_weight else None
+        terms = self.on_logits(logits, step.labels, teacher_logits)
         name, weight, term = self.term(ours, theirs, step)
         return logits, {**terms, "loss": terms["loss"] + weight * term, name: term}
 
@@ -76,12 +73,12 @@ class Hint(OnFeatures):
                 f"{common} stages in common."
             )
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         ours, theirs = (self._hint(network.stages(x)).shape[1] for network in (student, teacher))
         return {} if ours == theirs else {"adapter": nn.Conv2d(ours, theirs, kernel_size=1)}
 
     def term(self, ours, theirs, step):
-        adapter = step.parts.get("adapter", nn.Identity())
+        adapter = step.aux.get("adapter", nn.Identity())
         pair = _to_one_size(adapter(self._hint(ours)), self._hint(theirs))
         return "hint", self.hint_weight, losses.hint(*pair)
 
@@ -123,10 +120,10 @@ class Paraphrase(FromTeacher):
     """
 
     rate: float = 0.5
-    labelled = False
-    live = True
+    needs_logits = False
+    needs_teacher = True
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         channels = teacher.stages(x)[-1].shape[1]
         widths = (channels, channels, *[max(1, round(self.rate * channels))] * 2)
         decoder = _leaky(nn.ConvTranspose2d, reversed(widths))
@@ -134,7 +131,7 @@ class Paraphrase(FromTeacher):
 
     def loss(self, step):
         *_, feature = step.teacher.stages(step.x)
-        restored = step.parts["decoder"](step.parts["encoder"](feature))
+        restored = step.aux["decoder"](step.aux["encoder"](feature))
         reconstruction = F.l1_loss(restored, feature)
         return step.teacher.head(feature), {"loss": reconstruction}
 
@@ -142,7 +139,7 @@ class Paraphrase(FromTeacher):
 def paraphrase(teacher: Run, recipe: Recipe, rate: float = 0.5) -> Run:
     """The run that trains the paraphraser of a teacher, whose own weights it leaves alone."""
     method = Paraphrase(teacher, rate=rate)
-    return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), route=False)
+    return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), save_logits=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,22 +165,22 @@ class FactorTransfer(OnFeatures):
         method = self.paraphraser.method
         if not isinstance(method, Paraphrase) or method.teacher_at(0) != self.teacher_at(0):
             raise ValueError(
-                f"{self.paraphraser} is no paraphraser of epoch {self.anchor} of {self.teacher}: "
+                f"{self.paraphraser} is no paraphraser of epoch {self.teacher_epoch} of {self.teacher}: "
                 f"paraphrase(teacher, recipe) makes one of its last."
             )
 
-    def frozen(self):
+    def pretrained(self):
         return {"encoder": self.paraphraser}
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         features, (*_, taught) = student.stages(x), teacher.stages(x)
         ours = features[: len(teacher.body)][-1].shape[1]
         factor = max(1, round(self.paraphraser.method.rate * taught.shape[1]))
         return {"translator": _leaky(nn.Conv2d, (ours, ours, factor, factor))}
 
     def term(self, ours, theirs, step):
-        factor = step.parts["translator"](ours[: len(theirs)][-1])
-        taught = step.frozen["encoder"](theirs[-1])
+        factor = step.aux["translator"](ours[: len(theirs)][-1])
+        taught = step.pretrained["encoder"](theirs[-1])
         return "factor", self.factor_weight, losses.factor(*_to_one_size(factor, taught))
 
 

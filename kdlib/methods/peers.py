@@ -5,19 +5,17 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import FromTeacher, Method
+from kdlib.methods.distill import FromTeacher
 from kdlib.models import build_model
-from kdlib.models.names import builder
+from kdlib.models.names import check_model
 from kdlib.models.staged import PoolAndClassify
-
-if TYPE_CHECKING:
-    from kdlib.runs import Recipe
+from kdlib.runs import SGD, Method, Recipe
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class WithPeer(Method):
     recipe: Recipe
 
     def __post_init__(self):
-        builder(self.peer)  # an unknown name is refused here, not after hours
+        check_model(self.peer)
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         classes = student(x).shape[1]
         return {"peer": build_model(self.peer, classes, channels=x.shape[1])}
 
-    def recipes(self):
-        return {"peer": self.recipe}
+    def optimizers(self, modules):
+        return {"peer": SGD(self.recipe, ("peer",))}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class RocketLaunching(WithPeer):
     kd_weight: float = 1.0
 
     def loss(self, step):
-        logits, peer = step.student(step.x), step.parts["peer"](step.x)
+        logits, peer = step.student(step.x), step.aux["peer"](step.x)
         ce, peer_ce = (F.cross_entropy(z, step.labels) for z in (logits, peer))
         kd = losses.kd(logits, peer, self.temperature)
         # One sum: the two share no parameter, so that each gets its own gradient.
@@ -69,7 +67,7 @@ class MutualLearning(WithPeer):
     """DML: each learns from CE + KL(the other ‖ itself) at T = 1 (Zhang et al. 2018)."""
 
     def loss(self, step):
-        logits, peer = step.student(step.x), step.parts["peer"](step.x)
+        logits, peer = step.student(step.x), step.aux["peer"](step.x)
         ce, peer_ce = (F.cross_entropy(z, step.labels) for z in (logits, peer))
         kd = losses.kd(logits, peer, temperature=1)
         peer_kd = losses.kd(peer, logits, temperature=1)
@@ -105,9 +103,9 @@ class KDGAN(FromTeacher):
     back_weight: float = 0.1
     temperature: float = 3.0
     relaxation: float = 1.0
-    labelled = False
-    live = True
-    noises = 2
+    needs_logits = False
+    needs_teacher = True
+    runs_teacher = False  # only its copy runs
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,19 +113,24 @@ class KDGAN(FromTeacher):
         if not (0 <= self.share <= 1 and min(weights) >= 0 and min(divisors) > 0):
             raise ValueError(f"KDGAN has a number out of its range: {self}.")
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         copy = deepcopy(teacher).requires_grad_(True)
         judge = build_discriminator(x.shape[1], classes=teacher(x).shape[1])
         return {"teacher": copy, "discriminator": judge}
 
-    def recipes(self):
-        return {"teacher": self.copy, "discriminator": self.discriminator}
+    def optimizers(self, modules):
+        recipes = {"teacher": self.copy, "discriminator": self.discriminator}
+        return {name: SGD(recipe, (name,)) for name, recipe in recipes.items()}
+
+    def epoch_inputs(self, epoch, generator, steps, batch, classes):
+        uniform = torch.rand(steps, batch, 2, classes, generator=generator)
+        return {"uniform": uniform.clamp_(2**-24, 1 - 2**-24)}
 
     def loss(self, step):
-        logits, taught = step.student(step.x), step.parts["teacher"](step.x)
-        scores = step.parts["discriminator"](step.x)
+        logits, taught = step.student(step.x), step.aux["teacher"](step.x)
+        scores = step.aux["discriminator"](step.x)
         samples = [
-            losses.concrete(z, step.noise[:, k], self.relaxation)
+            losses.concrete(z, step.inputs["uniform"][:, k], self.relaxation)
             for k, z in enumerate((logits, taught))
         ]
         terms = {

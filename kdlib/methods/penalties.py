@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from kdlib.methods.distill import Method
+from kdlib.models.precision import AutocastNetwork, InFloat32
+from kdlib.runs import Curve, Method
 
 PENALTIES = ("none", "l1", "l2", "sparse")
 
@@ -34,7 +35,7 @@ class Penalised(Method):
     pull: float = 1.0
     bins: int = 200
     every: int = 100
-    half = False
+    reads_gradients = True
 
     def __post_init__(self):
         if min(self.bins, self.every) < 1:
@@ -44,16 +45,21 @@ class Penalised(Method):
         if self.penalty not in PENALTIES:
             raise ValueError(f"There is no penalty {self.penalty!r}, but {', '.join(PENALTIES)}.")
 
-    def parts(self, student, teacher, x):
-        parts: dict[str, nn.Module] = {"curve": Curve(self.bins, self.every)}
-        if self.penalty == "sparse":
-            parts["thresholds"] = Thresholds(len(weights_of(student)))
-        return parts
+    @property
+    def curve(self):
+        return Curve("ce", self.every, self.bins)
+
+    def aux_modules(self, student, teacher, x):
+        return {"thresholds": Thresholds(len(weights_of(student)))} if self.is_sparse else {}
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.penalty == "sparse"
 
     def loss(self, step):
-        weights = weights_of(step.student.network)
-        if self.penalty == "sparse":
-            thresholds = step.parts["thresholds"].network.values
+        weights = weights_of(step.student)
+        if self.is_sparse:
+            thresholds = step.aux["thresholds"].values
             recoded = {
                 name: Recode.apply(weight, threshold, self.gain, self.pull)
                 for (name, weight), threshold in zip(weights.items(), thresholds, strict=True)
@@ -62,7 +68,6 @@ class Penalised(Method):
         else:
             logits = step.student(step.x)
         ce = F.cross_entropy(logits, step.labels)
-        step.parts["curve"].network.add(ce.detach())
         match self.penalty:
             case "l1":
                 penalty = self.weight * sum(weight.abs().sum() for weight in weights.values())
@@ -73,12 +78,12 @@ class Penalised(Method):
         return logits, {"loss": ce + penalty, "ce": ce, "penalty": penalty}
 
 
-def weights_of(network: nn.Module) -> dict[str, nn.Parameter]:
+def weights_of(network: nn.Module | AutocastNetwork) -> dict[str, nn.Parameter]:
     """Weights of convolutions and linear layers by name, without biases and batch norm."""
     return {name: p for name, p in network.named_parameters() if p.ndim > 1}
 
 
-class Thresholds(nn.Module):
+class Thresholds(InFloat32):
     """One threshold a layer, not a number until its first gradient."""
 
     def __init__(self, count: int):
@@ -104,22 +109,3 @@ class Recode(torch.autograd.Function):
         beyond = size > threshold
         slope = 2 * ctx.pull * (threshold - mean) - ctx.gain * threshold * beyond.float().mean()
         return ctx.gain * gradient * beyond, slope, None, None
-
-
-class Curve(nn.Module):
-    """Sums of a loss over the steps of a run, ``every`` of them to a bin; later ones are dropped.
-
-    Buffers, so that it is saved and resumed with the weights, and no step waits for the host.
-    """
-
-    def __init__(self, bins: int, every: int):
-        super().__init__()
-        self.every = every
-        self.register_buffer("sums", torch.zeros(bins + 1))
-        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-
-    @torch.no_grad()
-    def add(self, value: Tensor) -> None:
-        bin_ = (self.steps // self.every).clamp(max=len(self.sums) - 1)
-        self.sums.index_add_(0, bin_, value.view(1))
-        self.steps += 1

@@ -9,17 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import CrossEntropy, FromTeacher, Method, Wrapper
+from kdlib.methods.distill import FromTeacher, Wrapper
+from kdlib.models.precision import InFloat32
 from kdlib.models.staged import adapter
-
-if TYPE_CHECKING:
-    from kdlib.runs import Recipe
+from kdlib.runs import SGD, CrossEntropy, Method, Recipe
 
 THRESHOLDS = ("learned", "fixed", "none")
 
@@ -60,7 +59,8 @@ class KR(Wrapper, FromTeacher):
     gain: float = 2.0
     threshold: str = "learned"
     pull: float = 1.0
-    live = True
+    needs_teacher = True
+    runs_teacher = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,7 +69,7 @@ class KR(Wrapper, FromTeacher):
         object.__setattr__(self, "n", index(self.n))
         if self.n < 1 or not min(self.beta, self.gamma, self.gain, self.pull) >= 0:
             raise ValueError(f"KR needs groups of one layer at least, and nothing below 0: {self}.")
-        if isinstance(self.posterior, Wrapper) or not self.posterior.whole:
+        if isinstance(self.posterior, Wrapper) or not self.posterior.standalone:
             raise ValueError(f"A posterior is a plain method, not {type(self.posterior).__name__}.")
         if isinstance(self.posterior, FromTeacher):
             if self.posterior.teacher != self.teacher:
@@ -84,24 +84,25 @@ class KR(Wrapper, FromTeacher):
         return self.posterior
 
     @property
-    def labelled(self):
-        return self.posterior.labelled and isinstance(self.posterior, FromTeacher)
+    def needs_logits(self):
+        return self.posterior.needs_logits and isinstance(self.posterior, FromTeacher)
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         prior = Aggregation(student.layers(x), teacher.layers(x), self)
-        return {"prior": prior, **self.posterior.parts(student, teacher, x)}
+        return {"prior": prior, **self.posterior.aux_modules(student, teacher, x)}
 
-    def turns(self):
-        return {"prior": self.prior}
+    def optimizers(self, modules):
+        prior = SGD(self.prior, ("prior", "student"))
+        return {**self.posterior.optimizers(modules), "prior": prior}
 
-    def turn(self, name, step):
+    def extra_updates(self, step):
         prior, beyond = self.represent(step)
-        return {"prior": self.beta * prior, "beyond": beyond}
+        yield "prior", {"prior": self.beta * prior, "beyond": beyond}
 
     def represent(self, step) -> tuple[Tensor, Tensor]:
         """The penalised distance from the teacher's layers, and the share beyond thresholds."""
         ours, theirs = (network.layers(step.x) for network in (step.student, step.teacher))
-        return step.parts["prior"].network(ours, theirs)
+        return step.aux["prior"](ours, theirs)
 
     def loss(self, step):
         logits, terms = self.posterior.loss(step)
@@ -109,10 +110,10 @@ class KR(Wrapper, FromTeacher):
             terms = terms | {"loss": terms["loss"] + self.gamma * self.represent(step)[0]}
         return logits, terms
 
-    def told(self, parts):
-        thresholds = parts["prior"].thresholds
-        told = {} if thresholds is None else {"threshold": thresholds.mean().item()}
-        return told | self.posterior.told(parts)
+    def metrics(self, modules):
+        thresholds = modules["prior"].thresholds
+        found = {} if thresholds is None else {"threshold": thresholds.mean().item()}
+        return found | self.posterior.metrics(modules)
 
 
 class Group(NamedTuple):
@@ -126,7 +127,7 @@ class Group(NamedTuple):
     teacher: range
 
 
-class Aggregation(nn.Module):
+class Aggregation(InFloat32):
     """Adapters from a student's layers to groups of its teacher's, and a threshold for each.
 
     Args:

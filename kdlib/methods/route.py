@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from kdlib.methods.distill import FromTeacher, Wrapper
-
-if TYPE_CHECKING:
-    from kdlib.runs import Run
+from kdlib.runs import Checkpoint, Run
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ class OneStage(Wrapper):
 
     def teacher_at(self, epoch):
         teacher = self.method.teacher
-        return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+        at = min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+        return Checkpoint(teacher, at)
 
 
 def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
@@ -60,11 +58,11 @@ def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
     """
     stages: list[Run] = []
     for anchor in anchors:
-        stages.append(following(student, stages[-1] if stages else None, anchor))
+        stages.append(next_stage(student, stages[-1] if stages else None, anchor))
     return stages
 
 
-def following(student: Run, before: Run | None, anchor: int) -> Run:
+def next_stage(student: Run, before: Run | None, anchor: int) -> Run:
     """The stage of ``anchor``, after the stage ``before``; of it the last weights alone are kept.
 
     Raises ValueError where the student's method does not learn from one checkpoint of a teacher.

@@ -82,11 +82,15 @@ def _found(architecture: Architecture, classes: int, channels: int) -> Staged:
     return architecture.build(builder(architecture.base)(classes=classes, channels=channels))
 
 
+def check_model(name: str) -> None:
+    builder(name.partition(MARK)[0])
+
+
 @lru_cache
 def count_stages(name: str) -> int:
     """How many stages a network has; nothing is computed for it."""
     with torch.device("meta"):
-        return len(builder(name)(classes=2, channels=1).body)
+        return len(builder(name.partition(MARK)[0])(classes=2, channels=1).body)
 
 
 def _family(base: str) -> Callable[..., Staged] | None:
