@@ -32,7 +32,7 @@ IMAGES = {"cpu": 512, "cuda": 12_800}
 
 def step_bytes(trainer: Trainer) -> int:
     """Bytes that a step keeps for its backward pass, without weights, and of all gradients."""
-    networks = [trainer.state.networks, *([trainer.teacher.network] if trainer.teacher else [])]
+    networks = [trainer.state.modules, *([trainer.teacher.network] if trainer.teacher else [])]
     weights = {t.data_ptr() for net in networks for t in net.state_dict().values()}
     saved: dict[int, int] = {}
 
@@ -42,7 +42,7 @@ def step_bytes(trainer: Trainer) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    trainer.cursor.zero_()
+    trainer.data.cursor.zero_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         trainer.step()
     gradients = [p.grad for net in networks for p in net.parameters() if p.grad is not None]

@@ -32,7 +32,7 @@ class OnInputs(GateSearch):
         handles = []
         values = gates.values.split(gates.channels.sizes)
         for reader, gate in zip(gates.channels.gated, values, strict=True):
-            layer, factor = student.network.get_submodule(reader.name), gate.view(1, -1, 1, 1)
+            layer, factor = student.get_submodule(reader.name), gate.view(1, -1, 1, 1)
             hook = lambda _, inputs, factor=factor: (inputs[0] * factor,)  # noqa: E731
             handles.append(layer.register_forward_pre_hook(hook))
         logits = student(x)

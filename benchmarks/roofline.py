@@ -104,7 +104,7 @@ def student(case: Case, device: torch.device) -> Contender:
     run = Run("cifar100", case.network, Recipe(EPOCHS, case.batch, lr=0.05))
     trainer = Trainer(run, images, images, CachePool())
     state = trainer.state
-    work = training(state.networks["student"], case.batch, state.dtype, state.compiled)
+    work = training(state.modules["student"], case.batch, state.dtype, state.compiled)
     name = f"{case.network}, batch {case.batch}"
     return Contender(name, case.batch, work, partial(train_turn, [trainer]))
 

@@ -134,7 +134,7 @@ def save_untrained(teacher: Run, images: Images) -> None:
             module.momentum = 1.0  # the running statistics become those of the batch
     with torch.no_grad():
         model.train()(images.batch(torch.arange(32, device=images.device)))
-    store.save_weights(teacher, teacher.recipe.epochs, model.state_dict())
+    store.save_modules(teacher, teacher.recipe.epochs, nn.ModuleDict({"student": model}))
 
 
 def train_turn(trainers: list[Trainer], epochs: int = 1, empty: CachePool | None = None) -> Turn:
@@ -185,7 +185,7 @@ def first_losses_differ(trainer: Trainer, field: FieldLoop) -> float:
     trainer.begin_epoch()
     trainer.advance()
     synchronize(trainer.device)
-    index, view = trainer.index[0], trainer.view[0]
+    index, view = trainer.data.index[0], trainer.data.view[0]
     x, labels = by_torchvision(trainer.images, index, view), trainer.images.labels[index]
     reference = field.step(x, labels)[0].item()
     return abs(trainer.meter["loss"].item() - reference) / reference
