@@ -86,8 +86,8 @@ def read_channels(network: Staged) -> list[Reader]:
             found.append(Reader(name, tuple(stream), norm, gated=False))
         elif next(layer.children(), None) or next(layer.parameters(), None) is not None:
             raise ValueError(
-                f"{name} is a layer of kind {type(layer).__name__}: gates are possible in a "
-                f"DenseNet, a ResNet or a VGG only."
+                f"There are no gates for a {type(layer).__name__} ({name}): gates are for "
+                f"DenseNets, ResNets and VGGs."
             )
     return found
 
@@ -129,8 +129,9 @@ class Channels:
         image_size: height and width of the square images.
 
     Attributes:
-        readers: all layers that read channels; ``gated``: the gated ones.
-        sizes: the number of gates of each gated layer.
+        readers: all layers that read channels.
+        gated: the readers with gates.
+        sizes: the number of gates of each gated reader.
         total_macs: multiply-accumulates of the network with all gates open.
     """
 
@@ -153,11 +154,10 @@ class Channels:
 
     @property
     def keep_one(self) -> list[tuple[int, int]]:
-        """Ranges of gates: if all gates of one range are closed, no path through the network is
-        left.
+        """Ranges of gates; one gate of each range must stay open to keep a path to the logits.
 
-        These are the gates on the first connection of every gated layer that no shortcut or
-        concatenation bypasses.
+        There is one range for every gated layer that no shortcut or concatenation bypasses: the
+        gates on its first connection, because the source of this connection is never removed.
         """
         begins = np.cumsum([0, *self.sizes]).tolist()
         return [
