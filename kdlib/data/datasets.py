@@ -267,13 +267,10 @@ def _decode_folder(found: list[tuple[str, str, str]]) -> tuple[dict, dict[str, n
 def _decode(path: str) -> np.ndarray:
     from PIL import Image
 
-    size = (FOLDER_SIZE, FOLDER_SIZE)
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-            return np.asarray(
-                image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-            )
+            size = (FOLDER_SIZE, FOLDER_SIZE)
+            return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}).") from error
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +38,6 @@ class Reader:
         inputs: the connections that the layer reads, in order.
         norm: the batch norm between the channels and the layer, if there is one.
         outputs: the number of output channels of a convolution; 0 for other layers.
-        summed: True if the outputs enter a sum, so that none of them can be removed.
         gated: True if each input has a gate.
         block: the module to remove when the layer has no outputs left.
     """
@@ -47,7 +46,6 @@ class Reader:
     inputs: tuple[Connection, ...]
     norm: str | None = None
     outputs: int = 0
-    summed: bool = False
     gated: bool = True
     block: str | None = None
 
@@ -72,8 +70,6 @@ def read_channels(network: Staged) -> list[Reader]:
             found += _dense_layer(name, layer, tuple(stream))
             stream.append(Connection(f"{name}.conv2", layer.conv2.out_channels))
         elif isinstance(layer, resnet.Block):
-            sources = {connection.source for connection in stream}
-            found = [replace(r, summed=r.summed or r.name in sources) for r in found]
             found += _residual_block(name, layer)
             stream, norm = [Connection(None, layer.norms[-1].num_features)], None
         elif isinstance(layer, nn.BatchNorm2d):
@@ -86,8 +82,8 @@ def read_channels(network: Staged) -> list[Reader]:
             found.append(Reader(name, tuple(stream), norm, gated=False))
         elif next(layer.children(), None) or next(layer.parameters(), None) is not None:
             raise ValueError(
-                f"{name} is a layer of kind {type(layer).__name__}: gates are possible in a "
-                f"DenseNet, a ResNet or a VGG only."
+                f"There are no gates for a {type(layer).__name__} ({name}): gates are for "
+                f"DenseNets, ResNets and VGGs."
             )
     return found
 
@@ -129,8 +125,9 @@ class Channels:
         image_size: height and width of the square images.
 
     Attributes:
-        readers: all layers that read channels; ``gated``: the gated ones.
-        sizes: the number of gates of each gated layer.
+        readers: all layers that read channels.
+        gated: the readers with gates.
+        sizes: the number of gates of each gated reader.
         total_macs: multiply-accumulates of the network with all gates open.
     """
 
@@ -138,6 +135,8 @@ class Channels:
         self.readers = read_channels(network)
         self.gated = [reader for reader in self.readers if reader.gated]
         self.sizes = [reader.channels for reader in self.gated]
+        # How often the outputs of a layer are read. A sum is not a reader.
+        self._reads = Counter(c.source for reader in self.readers for c in reader.inputs)
         cost = count_cost(network, image_size)
         # Multiply-accumulates of one pair of an input and an output (of a linear layer: of one
         # input and all outputs).
@@ -153,11 +152,10 @@ class Channels:
 
     @property
     def keep_one(self) -> list[tuple[int, int]]:
-        """Ranges of gates: if all gates of one range are closed, no path through the network is
-        left.
+        """Ranges of gates; one gate of each range must stay open to keep a path to the logits.
 
-        These are the gates on the first connection of every gated layer that no shortcut or
-        concatenation bypasses.
+        There is one range for every gated layer that no shortcut or concatenation bypasses: the
+        gates on its first connection, because the source of this connection is never removed.
         """
         begins = np.cumsum([0, *self.sizes]).tolist()
         return [
@@ -193,7 +191,8 @@ class Channels:
         Args:
             remove: also clear, in ``kept``, the inputs of convolutions without needed outputs.
         """
-        needed = {r.name: np.full(r.outputs, r.summed) for r in self.readers}
+        # Outputs without a reader go into a sum, so none of them can be removed.
+        needed = {r.name: np.full(r.outputs, not self._reads[r.name]) for r in self.readers}
         for reader in reversed(self.readers):
             if remove and reader.outputs and not needed[reader.name].any():
                 kept[reader.name][:] = False
@@ -220,11 +219,10 @@ class Channels:
         source; a transition reads several layers (docs/decisions.md, SBS-s).
         """
         layers = {reader.name: reader for reader in self.readers}
-        read = Counter(c.source for reader in self.readers for c in reader.inputs)
         savings = []
         for reader in self.gated:
             saved, source = self._area[reader.name] * reader.outputs, reader.inputs[0].source
-            if len(reader.inputs) == 1 and source and read[source] == 1:
+            if len(reader.inputs) == 1 and source and self._reads[source] == 1:
                 saved += self._area[source] * layers[source].channels
             savings += [saved] * reader.channels
         return np.array(savings)

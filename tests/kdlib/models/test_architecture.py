@@ -18,7 +18,7 @@ from kdlib.models.pruned import prune
 
 
 def found(name="densenet-bc-16-4", closed=0.4, seed=0, classes=5, channels=1):
-    """An architecture at random, and the network that it is, with weights of the whole one."""
+    """A random architecture, and its network with the weights of the larger one."""
     network = lively(name, seed, classes, channels)
     gates = gates_of(network, closed, seed)
     kept = gates.kept()
@@ -30,7 +30,7 @@ def shapes(network):
 
 
 @pytest.mark.parametrize("name", [*SMALL, BOTTLENECKS])
-def test_weights_of_a_pruned_network_fit_the_one_that_is_built_by_its_name(name):
+def test_weights_of_a_pruned_network_fit_the_network_of_its_name(name):
     architecture, pruned = found(name)
     built = build_model(architecture.save(), classes=5, channels=1, seed=3)
     assert shapes(built) == shapes(pruned)
@@ -48,7 +48,7 @@ def test_stages_are_those_of_the_whole_network_and_need_no_file():
         assert torch.equal(pruned.eval().resume(stage, pruned.until(stage, x)), pruned(x))
 
 
-def test_other_images_and_classes_are_no_other_architecture():
+def test_an_architecture_takes_other_images_and_classes():
     architecture, _ = found()
     network = build_model(architecture.save(), classes=7, channels=3, seed=0)
     assert network(images(channels=3, size=16)).shape == (4, 7)
@@ -66,7 +66,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("name", ["densenet-bc-22-16", "vgg13-x0.5", "resnet20"])
-def test_initial_weights_are_spread_as_the_smaller_layers_want_it(name):
+def test_initial_weights_have_the_spread_for_the_smaller_layers(name):
     """He's √(2 / (outputs · k²)) for convolutions; ±1/√inputs for the linear layer."""
     architecture, _ = found(name, closed=0.5)
     network, ratios = build_model(architecture.save(), 100, 1, seed=0), []
@@ -89,7 +89,7 @@ def test_initial_weights_are_spread_as_the_smaller_layers_want_it(name):
     assert ratios == pytest.approx([1] * len(ratios), abs=0.06)
 
 
-def test_a_head_with_fewer_inputs_draws_its_weights_for_these():
+def test_a_head_with_fewer_inputs_has_the_spread_for_these():
     network = lively("densenet-bc-22-16")
     gates = close(gates_of(network), *(f"body.2.{k}.conv1" for k in (4, 5, 6)))
     name = Architecture.of("densenet-bc-22-16", gates.channels, gates.kept()).save()
@@ -98,7 +98,7 @@ def test_a_head_with_fewer_inputs_draws_its_weights_for_these():
     assert 0.95 * 44**-0.5 < head.weight.abs().max() <= 44**-0.5
 
 
-def test_a_network_is_named_by_what_it_keeps():
+def test_the_name_depends_on_base_and_masks():
     (first, _), (again, _), (other, _) = found(seed=0), found(seed=0), found(seed=1)
     assert first.name == again.name != other.name
     assert first.name.startswith(f"densenet-bc-16-4{MARK}")
@@ -106,7 +106,7 @@ def test_a_network_is_named_by_what_it_keeps():
     assert elsewhere.name.partition(MARK)[2] != first.name.partition(MARK)[2]
 
 
-def test_what_settles_to_the_same_network_has_the_same_name():
+def test_the_same_remaining_channels_have_the_same_name():
     network, names = lively("densenet-bc-16-4"), []
     for layers in (["body.0.1.conv1"], ["body.0.1.conv2"], ["body.0.1.conv1", "body.0.1.conv2"]):
         gates = close(gates_of(network), *layers)
@@ -114,7 +114,7 @@ def test_what_settles_to_the_same_network_has_the_same_name():
     assert len(set(names)) == 1
 
 
-def test_an_architecture_file_says_all_in_plain_json():
+def test_the_file_is_plain_json():
     architecture, pruned = found()
     path = home() / file_of(architecture.save())
     content = json.loads(path.read_text())
@@ -127,7 +127,7 @@ def test_an_architecture_file_says_all_in_plain_json():
     assert path.stat().st_mtime_ns == written
 
 
-def test_nothing_is_computed_under_the_meta_device():
+def test_the_meta_device_computes_nothing():
     name = found()[0].save()
     with torch.device("meta"):
         network = build_model(name, classes=5, channels=1)
@@ -135,7 +135,7 @@ def test_nothing_is_computed_under_the_meta_device():
     assert shapes(network) == shapes(build_model(name, classes=5, channels=1, seed=0))
 
 
-def test_an_architecture_is_found_among_a_profiles_records():
+def test_an_architecture_is_found_in_committed_records():
     architecture, pruned = found()
     source = home() / file_of(architecture.save())
     committed = results() / "course" / "records" / source.name
@@ -145,7 +145,7 @@ def test_an_architecture_is_found_among_a_profiles_records():
     assert not source.exists()
 
 
-def test_an_architecture_that_is_nowhere_is_missed_by_name():
+def test_a_missing_architecture_is_named():
     architecture, _ = found()
     with pytest.raises(StoreError, match=rf"{architecture.name} is not in .*{home()}"):
         build_model(architecture.name, 5, 1)
@@ -178,7 +178,7 @@ def test_a_damaged_architecture_is_refused_and_mended(damage):
     build_model(name, 5, 1)
 
 
-def test_the_hash_of_another_networks_architecture_names_that():
+def test_the_hash_of_another_network_is_refused():
     name = found()[0].save()
     with pytest.raises(UnknownName, match=name):
         build_model(name.replace("densenet-bc-16-4", "densenet-bc-16-5"), 5, 1)
@@ -186,7 +186,7 @@ def test_the_hash_of_another_networks_architecture_names_that():
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_random_architecture_costs_at_most_so_much_and_keeps_a_path(name, share):
+def test_a_random_architecture_has_the_cost_and_keeps_a_path(name, share):
     channels = Channels(build_model(name, 5, 1, seed=0), 8)
     macs = round(share * channels.total_macs)
     found = [random_architecture(name, channels, macs, seed) for seed in (0, 1, 0)]

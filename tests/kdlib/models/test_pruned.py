@@ -1,4 +1,4 @@
-"""Networks that have some channels of a larger one, against the gated network."""
+"""Pruned networks against gated networks."""
 
 from copy import deepcopy
 from itertools import count
@@ -22,7 +22,7 @@ def extracted(network, gates):
 
 
 def assert_same(network, gates):
-    """The gated network's logits are the pruned network's, in eval mode and in a training step."""
+    """Gated and pruned network have the same logits, in eval mode and in a training step."""
     x, before = images(count=8), deepcopy(network.state_dict())
     pruned = extracted(network, gates)
     assert all(map(torch.equal, network.state_dict().values(), before.values()))
@@ -36,7 +36,7 @@ def assert_same(network, gates):
 
 
 def some_gates(network, closed):
-    """Gates that leave something of the network."""
+    """Gates that leave a path to the logits."""
     for seed in count():
         gates = gates_of(network, closed, seed)
         if gates.kept()[gates.channels.readers[-1].name].any():
@@ -55,7 +55,7 @@ def test_a_pruned_network_is_the_gated_network(name, closed):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_a_pruned_network_are_those_of_the_gated_one(name):
-    """So both go on learning alike; here the image's gradient, which passes through all of it."""
+    """The gradient of the image, because it passes through the whole network."""
     network = lively(name)
     gates, x = gates_of(network, closed=0.3), images()
     got, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -96,7 +96,7 @@ def test_a_network_without_a_path_from_image_to_logits_is_refused(name, layers):
         extracted(network, gates)
 
 
-def test_residual_blocks_can_all_die_since_their_shortcuts_stay():
+def test_all_residual_blocks_can_be_removed_but_for_their_shortcuts():
     network = lively("resnet8-x0.25")
     gates = gates_of(network, closed=1.1)
     pruned = assert_same(network, gates)
@@ -106,7 +106,7 @@ def test_residual_blocks_can_all_die_since_their_shortcuts_stay():
 
 @pytest.mark.parametrize("conv", ["conv1", "conv2"])
 @pytest.mark.parametrize("layer", ["body.0.0", "body.0.1", "body.1.4", "body.2.5"])
-def test_a_dense_layer_dies_with_either_of_its_convolutions(layer, conv):
+def test_a_dense_layer_without_one_convolution_is_removed(layer, conv):
     network = lively("densenet-bc-16-4")
     pruned = assert_same(network, close(gates_of(network, 0.2), f"{layer}.{conv}"))
     assert not list(pruned.get_submodule(layer).parameters())
@@ -120,7 +120,7 @@ def test_a_connection_can_be_empty(reader):
     assert_same(network, gates)
 
 
-def test_a_dense_layer_that_nobody_reads_dies():
+def test_a_dense_layer_without_readers_is_removed():
     network = lively("densenet-bc-16-4")
     gates = gates_of(network)
     readers = [reader.name for reader in gates.channels.gated]
@@ -130,7 +130,7 @@ def test_a_dense_layer_that_nobody_reads_dies():
     assert pruned.get_submodule("body.1.2").in_channels == 12  # the stem's 8 and one layer's 4
 
 
-def test_a_dense_layer_that_only_a_dead_one_reads_dies_with_it():
+def test_a_dense_layer_with_a_removed_reader_only_is_removed():
     network = lively("densenet-bc-22-4")
     gates = gates_of(network)
     close(gates, "body.0.2.conv2")
@@ -141,10 +141,10 @@ def test_a_dense_layer_that_only_a_dead_one_reads_dies_with_it():
     assert list(pruned.get_submodule("body.0.0").parameters())
 
 
-def test_growth_outputs_that_nobody_reads_are_not_computed():
+def test_outputs_without_readers_are_not_computed():
     network, computed = lively("densenet-bc-16-4"), {}
     gates = gates_of(network)
-    # Of the first layer's four outputs, which come after the stem's eight.
+    # two of the first layer's four outputs, after the stem's eight
     layer, transition = (values_of(gates)[name] for name in ("body.0.1.conv1", "body.1.2"))
     layer[9] = transition[9] = transition[10] = 0
     pruned = extracted(network, gates)
@@ -165,7 +165,7 @@ def test_growth_outputs_that_nobody_reads_are_not_computed():
 
 @pytest.mark.parametrize("layer", ["convs.0", "convs.1"])
 @pytest.mark.parametrize("block", ["body.0.1", "body.1.0", "body.1.1"])
-def test_of_a_dead_residual_block_its_shortcut_is_left(block, layer):
+def test_a_removed_residual_block_keeps_its_shortcut(block, layer):
     network = lively("resnet14-x0.25")
     pruned = assert_same(network, close(gates_of(network, 0.2), f"{block}.{layer}"))
     shortcut = network.get_submodule(f"{block}.shortcut")
@@ -178,7 +178,7 @@ def test_of_a_dead_residual_block_its_shortcut_is_left(block, layer):
 
 
 @pytest.mark.parametrize("k", range(3))
-def test_a_bottleneck_block_dies_with_any_of_its_convolutions(k):
+def test_a_bottleneck_block_without_one_convolution_is_removed(k):
     network, block = lively(BOTTLENECKS), ("body.0.0", "body.1.1", "body.2.0")[k]
     pruned = assert_same(network, close(gates_of(network, 0.1), f"{block}.convs.{k}"))
     assert not isinstance(pruned.get_submodule(block), type(network.get_submodule(block)))

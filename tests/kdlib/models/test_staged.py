@@ -49,7 +49,7 @@ def test_every_stage_and_layer_passes_gradients(network, x, outputs):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_last_layer_of_a_stage_is_what_the_stage_puts_out(network, x, training):
+def test_the_last_layer_of_a_stage_is_the_output_of_the_stage(network, x, training):
     found = network.train(training).layers(x)
     assert [len(found[0]), len(found)] == [1, len(network.body) + 1]
     for layers, feature in zip(found, network.features(x), strict=True):
