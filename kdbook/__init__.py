@@ -1,9 +1,9 @@
-"""kdbook: what makes a book of kdlib: profiles, claims, exhibits, figures, the command line."""
+"""kdbook: the book on top of kdlib: profiles, claims, exhibits, figures, the command line."""
 
 from importlib import import_module
 
-# Where each name of `from kdbook import …` is defined. A name is imported when it is first asked
-# for, so that the command line does not wait for torch and matplotlib.
+# The module of each name in `from kdbook import …`; None for a module itself. A name is imported at
+# its first use, so that the command line does not wait for torch and matplotlib.
 _HOMES = {
     "Exhibit": "exhibits",
     "check": "notebook",

@@ -1,4 +1,4 @@
-"""Methods of one exhibit against each other: gains over a column, margins over rivals."""
+"""Comparisons of the methods of one exhibit: gains over a baseline, margins over the best rival."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,10 @@ from kdbook.exhibits import Exhibit
 
 
 def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
-    """How far every cell lies below that of the column ``over`` in its row, as errors gain.
+    """The error of the column ``over`` minus the error of each cell in the same row.
 
-    Index: row, column. Columns: paper, ours, low, high; ours is the mean over seeds of differences
-    within a seed, with its 95 % interval.
+    Index: row, column. Columns: paper, ours, low, high. ``ours`` is the mean over seeds of the
+    differences within a seed; ``low`` and ``high`` are its 95 % interval.
     """
     cells = dict.fromkeys([*paper_cells(exhibit.name), *exhibit.cells])
     rows = {(row, column): ((row, over), (row, column)) for row, column in cells}
@@ -22,9 +22,9 @@ def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
 
 
 def row_gains(exhibit: Exhibit, column: str, over: str) -> pd.DataFrame:
-    """How far every row's cell of a column lies above that of the row ``over``, as accuracies gain.
+    """The accuracy of each row minus the accuracy of the row ``over``, in one column.
 
-    Index: row. Columns as those of ``gains``.
+    Index: row. Columns as in ``gains``.
     """
     cells = dict.fromkeys([*paper_cells(exhibit.name), *exhibit.cells])
     rows = [row for row, own in cells if own == column]
@@ -33,7 +33,7 @@ def row_gains(exhibit: Exhibit, column: str, over: str) -> pd.DataFrame:
 
 
 def _differences(exhibit: Exhibit, pairs: Iterable[tuple], index: pd.Index) -> pd.DataFrame:
-    """The first cell less the second, of each pair."""
+    """The first cell minus the second cell of each pair."""
     paper, rows = paper_cells(exhibit.name), []
     for pair in pairs:
         one, other = (exhibit.cells.get(cell, {}) for cell in pair)
@@ -47,13 +47,13 @@ def _differences(exhibit: Exhibit, pairs: Iterable[tuple], index: pd.Index) -> p
 def margin(
     exhibit: Exhibit, row: str, column: str, rivals: Iterable[str], against: str | None = None
 ) -> dict[str, str]:
-    """By how much an error is below that of its best rival: ``paper`` and ``ours``, as text.
+    """The error of the best rival minus the error of one cell: ``paper`` and ``ours``, as text.
 
-    Ours with its 95 % interval, widened for the number of rivals as a claim "best of" is.
+    ``ours`` has a 95 % interval, corrected for the number of rivals as in a claim of kind ``best``.
 
     Args:
-        rivals: columns.
-        against: the row of the rivals; None for the same.
+        rivals: columns of the rivals.
+        against: row of the rivals; None for the same row.
     """
     among = [f"{against or row} @ {rival}" for rival in rivals]
     claim = {"kind": "best", "sense": "min", "column": column, "cell": row, "among": among}
@@ -61,8 +61,10 @@ def margin(
         "paper": estimate(claim, paper_cells(exhibit.name)),
         "ours": estimate(claim, exhibit.cells),
     }
-    return {source: _worded(*result[:3]) if result else "–" for source, result in found.items()}
+    return {
+        source: _with_interval(*result[:3]) if result else "–" for source, result in found.items()
+    }
 
 
-def _worded(value: float, low: float, high: float) -> str:
+def _with_interval(value: float, low: float, high: float) -> str:
     return f"{value:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")

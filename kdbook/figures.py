@@ -1,8 +1,6 @@
-"""One style for every figure: colour-blind safe, never colour alone, legible in print."""
+"""One style for every figure: safe for colour-blind readers, and legible in print."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import matplotlib as mpl
@@ -14,21 +12,37 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# Okabe & Ito's palette, darkest contrasts first; yellow is left out, being unreadable on white.
+# The palette of Okabe and Ito without yellow, which is hard to read on white.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK = OKABE_ITO
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# One look after the other, for lines that several panels share.
+# A line differs from the others in colour, dashes and marker.
 LOOKS = tuple(
     {"color": c, "ls": line, "marker": m}
     for c, line, m in zip(OKABE_ITO, LINES, MARKERS, strict=True)
 )
-# How our numbers look beside the paper's, and those of ours that are not like for like.
+# Our numbers, and our numbers under another recipe than the paper's.
 OURS = {"marker": "o", "color": VERMILION}
 OTHER = {"marker": "s", "mfc": "none", "color": GREEN}
-# Widths in inches of one and of two columns of a printed page.
+# Widths in inches of one column and of two columns of a printed page.
 COLUMN, PAGE = 3.4, 7.0
+
+# The field's names, for titles, axes and legends. Tables and claims keep the short keys.
+METHODS = {
+    "student": "trained from scratch",
+    "softmax": "trained from scratch",
+    "scratch": "trained from scratch",
+    "kd": "KD",
+    "rco": "RCO",
+    "at": "AT",
+    "ft": "FT",
+    "stc": "STC",
+    "none": "no penalty",
+    "l1": "L1",
+    "l2": "L2",
+    "sparse": "sparse recoding",
+}
 
 STYLE = {
     "axes.prop_cycle": cycler(color=OKABE_ITO, linestyle=LINES, marker=MARKERS),
@@ -58,25 +72,32 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The book's style, for the figures made inside."""
+    """Use the book's style for the figures of this block."""
     with mpl.rc_context(STYLE):
         yield
 
 
 def use_style() -> None:
-    """The book's style, for the rest of the process; tables show their sentences whole."""
+    """Use the book's style for all later figures. Tables show long text without a cut."""
     mpl.rcParams.update(STYLE)
     pd.set_option("display.max_colwidth", None)
 
 
+def method_name(key: str) -> str:
+    """The field's name of a row or column: ``at_kd`` is "AT+KD", ``l1`` is "L1"."""
+    method, *details = key.split(", ")
+    name = "+".join(METHODS.get(part, part) for part in method.split("_"))
+    return ", ".join([name, *details]).replace(" x", " ×")
+
+
 def epoch_axis(axes: Axes, label: str = "epoch") -> None:
-    """Whole epochs on the x axis."""
+    """Label the x axis, with ticks at whole epochs only."""
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def log_axis(axes: Axes, which: str = "y") -> None:
-    """A logarithmic axis, x or y, with plain numbers at 1, 2 and 5 of every decade."""
+    """Make the x or y axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -85,7 +106,7 @@ def log_axis(axes: Axes, which: str = "y") -> None:
 
 
 def name_lines(axes: Axes) -> None:
-    """Write each line's label at its right end instead of a legend, apart from each other."""
+    """Write the label of each line at its right end, without overlap, instead of a legend."""
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     low, high = axes.get_ylim()
     step = (high - low) * 0.075
@@ -103,31 +124,44 @@ def name_lines(axes: Axes) -> None:
         )
 
 
+def draw_mean(axes: Axes, table: pd.DataFrame, x: str, y: str, label: str, look: Mapping) -> None:
+    """Draw the mean over seeds as a line, and a band from the smallest seed to the largest.
+
+    Args:
+        table: one row for each seed and each value of ``x``.
+        look: colour, dashes and marker, such as one of ``LOOKS``.
+    """
+    import seaborn  # almost a second, for two figures of the book
+
+    band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "lw": 0}}
+    seaborn.lineplot(table, x=x, y=y, label=label, ax=axes, legend=False, **band, **look)
+
+
 def draw_gains(
     axes: Axes, gains: pd.DataFrame, copied: Collection[str] = (), other: pd.DataFrame | None = None
 ) -> None:
-    """Gains of several methods, downwards: the paper's, those it copied, ours with intervals.
+    """Gains of several methods, one below the other: the paper's, and ours with intervals.
 
     Args:
-        gains: of ``comparisons``, indexed by method.
-        copied: columns that the paper took from elsewhere: hollow diamonds.
-        other: the same columns of ours under other circumstances: squares.
+        gains: a table of ``comparisons``, indexed by method.
+        copied: methods whose numbers the paper copied from other papers: hollow diamonds.
+        other: our gains under another recipe, the same columns as ``gains``: squares.
     """
     y = range(len(gains))
-    faces = ["none" if column in copied else BLUE for column in gains.index]
+    faces = ["none" if method in copied else BLUE for method in gains.index]
     axes.scatter(gains.paper, y, marker="D", s=26, c=faces, edgecolors=BLUE)
     for table, mark in ((gains, OURS), (other, OTHER)):
         if table is not None:
             bars = [table.ours - table.low, table.high - table.ours]
             axes.errorbar(table.ours, y, xerr=bars, ls="", lw=1, **mark)
     axes.axvline(0, c=BLACK, lw=0.8, marker="")
-    axes.set_xlabel("points of error below the student")
-    axes.set_yticks(y, [column.replace("_", "+") for column in gains.index])
+    axes.set_xlabel("test error below the student's, points")
+    axes.set_yticks(y, [method_name(method) for method in gains.index])
     axes.set_ylim(len(gains) - 0.5, -0.5)
 
 
 def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
-    """The legend of ``draw_gains``, with words for what the paper copied and what is other."""
+    """The legend of ``draw_gains``, with labels for ``copied`` and ``other`` if they are drawn."""
     paper = {"marker": "D", "mfc": BLUE, "mec": BLUE}
     marks = {"paper": paper, copied: paper | {"mfc": "none"}, "ours": OURS, other: OTHER}
     handles = [Line2D([], [], ls="", label=label, **mark) for label, mark in marks.items() if label]
@@ -135,7 +169,7 @@ def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
 
 
 def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -> None:
-    """Write each point's name to the right of the axes, in the order of y, with a line to it."""
+    """Write the name of each point to the right of the axes, in the order of y, with a line."""
     order = y.sort_values().index
     places = np.linspace(0.02, 0.98, len(order)) if len(order) > 1 else [0.5]
     colored = dict(zip(y.index, colors, strict=True))
@@ -159,7 +193,7 @@ def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -
 
 
 def stamp(figure: Figure, text: str) -> None:
-    """A word across the figure that goes wherever the figure goes."""
+    """Write a text across the figure, so that every copy of the figure has the text."""
     figure.text(
         0.5, 0.5, text, ha="center", va="center", rotation=20, fontsize=22, color="#000000",
         alpha=0.10, zorder=10,

@@ -1,43 +1,37 @@
-"""What penalties leave behind, for ``measure``: curves of a loss, kernels, how sparse they are."""
+"""Knowledge Representing (KR): the tables that its exhibits measure."""
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from kdlib import store
-from kdlib.methods.penalties import Penalised
 from kdlib.store import Trained
 
-# A weight this much smaller than the largest of its layer counts as none.
+# A weight is negligible if it is smaller than this share of the largest weight of its layer.
 NEGLIGIBLE = 0.01
 
 
 def training_curve(trained: Trained) -> pd.DataFrame:
-    """The label term along a run of ``Penalised``: columns iteration, ce.
+    """The cross-entropy along a run of ``Penalised``: columns iteration, ce.
 
-    ``ce`` is the mean over the iterations up to this one and after the row before; rows are whole
-    bins alone.
+    ``ce`` is the mean over the iterations after the previous row, up to ``iteration``.
     """
-    if not isinstance(trained.run.method, Penalised):
-        raise ValueError(f"{trained.run} keeps no curve: give it Penalised().")
-    run, last = trained.run, trained.run.recipe.epochs
-    state = store.load_networks(run, last, trained.summary["weights"][str(last)])
-    every, sums = run.method.every, state["curve.sums"][:-1]
-    bins = min(len(sums), int(state["curve.steps"]) // every)
-    iterations = range(every, every * bins + 1, every)
-    return pd.DataFrame({"iteration": iterations, "ce": (sums[:bins] / every).tolist()})
+    if "curve" not in trained.summary:
+        raise ValueError(f"The record of {trained.run} has no curve. Train with Penalised().")
+    curve = trained.summary["curve"]
+    every, ce = curve["every"], curve["ce"]
+    return pd.DataFrame({"iteration": range(every, every * len(ce) + 1, every), "ce": ce})
 
 
 def kernel_sparsity(trained: Trained) -> pd.DataFrame:
-    """Of each convolution: columns layer, weights, negligible, hoyer.
+    """The sparsity of each convolution: columns layer, weights, negligible, hoyer.
 
-    Negligible weights are below a hundredth of the largest magnitude in their layer. Hoyer's
-    measure (2004) needs no such border: (√n - ‖w‖₁/‖w‖₂) / (√n - 1), from 0 where all weights are
-    of one size to 1 where one alone is left.
+    A negligible weight is below a hundredth of the largest magnitude of its layer. Hoyer's measure
+    (2004) needs no threshold: (√n - ‖w‖₁/‖w‖₂) / (√n - 1). It is 0 if all weights have one size,
+    and 1 if only one weight is not zero.
     """
     rows = []
-    for name, kernels in _kernels(trained).items():
-        size = kernels.abs().flatten().double()
+    for name, weights in _kernels(trained).items():
+        size = weights.abs().flatten().double()
         root = len(size) ** 0.5
         hoyer = (root - (size.sum() / size.norm()).item()) / (root - 1)
         small = int((size < NEGLIGIBLE * size.max()).sum())
@@ -46,7 +40,11 @@ def kernel_sparsity(trained: Trained) -> pd.DataFrame:
 
 
 def kernels(trained: Trained, layer: int) -> pd.DataFrame:
-    """Weights of one convolution, counted from 0: columns output, input, row, column, weight."""
+    """The weights of one convolution: columns output, input, row, column, weight.
+
+    Args:
+        layer: number of the convolution, from 0.
+    """
     weights = [*_kernels(trained).values()][layer]
     table = pd.DataFrame(torch.cartesian_prod(*map(torch.arange, weights.shape)).tolist())
     table.columns = ["output", "input", "row", "column"]

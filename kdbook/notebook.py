@@ -1,4 +1,4 @@
-"""What notebooks use to show code and to check a reader's answers."""
+"""Helpers of the notebooks: show code, check a reader's answer, read logits."""
 
 import inspect
 import math
@@ -15,16 +15,16 @@ from kdlib.store import Trained
 
 
 def show(*functions: Callable) -> Markdown:
-    """The library's own source of these functions, as the cell's output."""
+    """The source code of these functions, as the output of a cell."""
     sources = (textwrap.dedent(inspect.getsource(function)) for function in functions)
     return Markdown("\n\n".join(f"```python\n{source}```" for source in sources))
 
 
 def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
-    """Compare a reader's answer with the computed one and say so.
+    """Compare a reader's answer with the computed answer, and print the result.
 
-    An unanswered exercise (None) is only mentioned, a wrong answer raises AssertionError with the
-    hint.
+    None is an exercise without an answer yet. Raises AssertionError with the hint if the answer is
+    wrong.
     """
     if answer is None:
         print("Not answered yet.")
@@ -41,8 +41,8 @@ def check(answer, expected, hint: str, tolerance: float = 1e-6) -> None:
 
 @torch.no_grad()
 def logits_on_test(trained: Trained, count: int, epoch: int | None = None) -> pd.DataFrame:
-    """Logits of the first ``count`` test images: columns ``label`` and one per class."""
-    images = load_data(trained.run.data, "test").first(count)
+    """Logits of the first ``count`` test images: columns ``label`` and one for each class."""
+    images = load_data(trained.run.dataset, "test").first(count)
     logits = trained.model(epoch)(images.batch(torch.arange(len(images))))
     table = pd.DataFrame(logits.tolist(), columns=list(images.class_names))
     table.insert(0, "label", images.labels.tolist())

@@ -1,135 +1,125 @@
-"""Profiles: what is shrunk, and how. One table each; no notebook asks which profile it runs in.
+"""Profiles: what is smaller than in the papers, one table each.
 
-A notebook states the paper's own quantities; the profile maps them to those that are run.
+A notebook states the paper's own quantities. The profile maps them to the quantities that run. No
+notebook asks which profile it runs in.
 """
 
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 
-from kdbook import small_networks
+from kdbook.kept_epochs import FOLLOWED, RCO_ANCHORS
+from kdbook.small_networks import SMALL_NETWORKS
 from kdlib.data import canonical_name, display_name, split_name
 from kdlib.errors import UnknownName
-from kdlib.methods import KD, STC, CrossEntropy, GateSearch, Method
+from kdlib.methods import CrossEntropy, Method
 from kdlib.runs import Recipe, Run
-
-# The paper's epochs that RCO's teachers keep however thin a route is made. All its fixed anchors
-# but those of M_gap = 1, 2 and 4 are among them.
-RCO_ROUTE = tuple(range(10, 250, 10))
-
-# Students that a figure follows along their training, and the paper's epochs that they keep. Other
-# notebooks ask for them, too: all must ask for the same checkpoints, or one makes the other's runs
-# train again.
-FOLLOWED = {
-    ("mobilenetv2-t4-w0.35", CrossEntropy): range(1, 241),  # RCO's Figure 5
-    ("mobilenetv2-t4-w0.35", KD): range(1, 241),
-    ("resnet20", STC): range(50, 501, 50),  # where to cut
-    ("densenet-bc-100-12", GateSearch): range(5, 301, 5),  # the search, epoch by epoch
-}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A mapping from the papers' quantities to those that are run.
+    """A mapping from the papers' quantities to the quantities that run.
 
     Attributes:
-        says: what it runs, in one line.
-        length: run epochs per paper epoch.
-        seeds: one training each.
-        datasets: what stands in for a paper's data set; the paper's own where not named.
-        models: likewise for networks.
-        images: train on so many images only; None for all.
-        repeats: of a paper's data set that is much larger than its stand-in, how many epochs of
-            this count as one of that.
-        axis: of each axis of a grid of networks, take the first so many; None for all.
-        keep_route: of a teacher whose route is learned from, keep the weights of every so many of
-            the paper's epochs, besides ``RCO_ROUTE``.
-        gate_factors: on strength and rate of a search's gates, which have to close in fewer steps.
+        epoch_scale: number of epochs that run for one epoch of the paper.
+        seeds: one training for each seed.
+        description: one line for the help text.
+        datasets: replacement for a paper's data set, by name. A data set without a replacement
+            stays as it is.
+        models: replacement for a paper's network, likewise.
+        images: train on this many images only; None for all images.
+        repeats: for a paper's data set that is much larger than its replacement, the number of
+            epochs of the replacement that count as one epoch of the data set.
+        axis_limit: on each axis of a grid of networks, run only this many values; None for all.
+        keep_route: a teacher with a route keeps the weights of every ``keep_route``-th epoch of
+            the paper, and of ``RCO_ANCHORS``. A reader's choice: ``--keep-route``.
         evidence: whether a result may count for or against a paper at all.
-        stand_ins: data sets that a reader put in place of the profile's, as ``name=label``.
+        substitutes: data sets that the reader chose to replace the profile's, as ``name=label``.
     """
 
     name: str
-    length: float
+    epoch_scale: float
     seeds: tuple[int, ...]
-    says: str = ""
+    description: str = ""
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     images: int | None = None
     repeats: Mapping[str, int] = field(default_factory=dict)
-    axis: int | None = None
+    axis_limit: int | None = None
     keep_route: int = 1
-    gate_factors: tuple[float, float] = (1, 1)
     evidence: bool = True
-    stand_ins: tuple[str, ...] = ()
+    substitutes: tuple[str, ...] = ()
 
     @property
     def faithful(self) -> bool:
-        """Whether nothing is shrunk and nothing stands in for anything."""
-        return self.length == 1 and not (self.datasets or self.models or self.images or self.axis)
-
-    @property
-    def stamp(self) -> str:
-        """What stands at a table of numbers besides the exhibit's own."""
-        return self.folder if self.evidence else f"{self.folder}: no evidence"
+        """Whether every run is as long and as large as in the paper, on the paper's data."""
+        smaller = self.datasets or self.models or self.images or self.axis_limit
+        return self.epoch_scale == 1 and not smaller
 
     @property
     def folder(self) -> str:
-        """Name of the results folder: another data set's numbers never overwrite the profile's."""
+        """Name of the results folder. Each choice of data set and route has a folder of its own."""
         thinned = [f"keep-route={self.keep_route}"] if self.keep_route > 1 else []
-        return "+".join([self.name, *thinned, *self.stand_ins])
+        return "+".join([self.name, *thinned, *self.substitutes])
 
-    def epochs(self, paper: int) -> int:
-        """The paper's number of epochs, in this profile: at least one."""
-        return max(1, round(paper * self.length))
+    @property
+    def stamp(self) -> str:
+        """The words that mark a table of numbers with its profile."""
+        return self.folder if self.evidence else f"{self.folder}: no evidence"
 
-    def iterations(self, paper: int) -> int:
-        """The paper's number of iterations, likewise."""
-        return self.epochs(paper)
+    @property
+    def grid_seeds(self) -> tuple[int, ...]:
+        """The seeds of a grid of networks: only the first one if the grid is limited."""
+        return self.seeds[: 1 if self.axis_limit else None]
+
+    def limit_axis(self, values: Iterable) -> tuple:
+        """The values that run, of one axis of a grid of networks."""
+        return tuple(values)[: self.axis_limit]
+
+    def scale_epochs(self, paper: int) -> int:
+        """The paper's number of epochs in this profile: at least one."""
+        return max(1, round(paper * self.epoch_scale))
+
+    def scale_iterations(self, paper: int) -> int:
+        """The paper's number of iterations in this profile: at least one."""
+        return self.scale_epochs(paper)
 
     def dataset(self, paper: str) -> str:
+        """The data set that runs for the paper's data set, with the same distortion."""
         base, distortion = split_name(paper)
         return self.datasets.get(base, base) + distortion
 
     def model(self, paper: str) -> str:
+        """The network that runs for the paper's network."""
         return self.models.get(paper, paper)
 
     def recipe(
         self, epochs: int, milestones: Iterable[int] = (), data: str = "", **settings
     ) -> Recipe:
-        """The paper's recipe, its epochs and milestones scaled; ``data`` is told where ``repeats``
-        are to count."""
-        scaled = [self._repeated(epoch, data) for epoch in (epochs, *milestones)]
+        """The paper's recipe with scaled epochs and milestones.
+
+        Args:
+            data: the paper's data set; name it where its ``repeats`` apply.
+            settings: other fields of ``Recipe``.
+        """
+        scaled = [self._repeat(epoch, data) for epoch in (epochs, *milestones)]
         return Recipe(epochs=scaled[0], milestones=tuple(scaled[1:]), **settings)
 
-    def _repeated(self, epochs: int, data: str) -> int:
-        return self.epochs(epochs * self.repeats.get(data, 1))
+    def _repeat(self, epochs: int, data: str) -> int:
+        return self.scale_epochs(epochs * self.repeats.get(data, 1))
 
-    def along(self, axis: Iterable) -> tuple:
-        """The values of one axis of a grid of networks that are run."""
-        return tuple(axis)[: self.axis]
+    def route_epochs(self, recipe: Recipe) -> tuple[int, ...]:
+        """The scaled epochs whose weights a teacher with a route and this recipe keeps."""
+        last = round(recipe.epochs / self.epoch_scale)
+        kept = {*range(self.keep_route, last + 1, self.keep_route), *RCO_ANCHORS}
+        return tuple(sorted({e for e in map(self.scale_epochs, kept) if e <= recipe.epochs}))
 
-    def gates(self, strength: float, rate: float) -> dict[str, float]:
-        """λ₂ and η of a search, as settings of ``GateSearch``."""
-        on_strength, on_rate = self.gate_factors
-        return {"strength": strength * on_strength, "rate": rate * on_rate}
-
-    @property
-    def grid_seeds(self) -> tuple[int, ...]:
-        """The seeds of a grid of networks: one where the grid is thinned, too."""
-        return self.seeds[: 1 if self.axis else None]
-
-    def route(self, recipe: Recipe) -> tuple[int, ...]:
-        """The epochs, as run, that a teacher keeps whose route is learned from."""
-        last = round(recipe.epochs / self.length)
-        kept = {*range(self.keep_route, last + 1, self.keep_route), *RCO_ROUTE}
-        return tuple(sorted({e for e in map(self.epochs, kept) if e <= recipe.epochs}))
-
-    def keeps(self, gap: int) -> bool:
-        """Whether a route has an anchor every ``gap`` of the paper's epochs."""
-        return gap % self.keep_route == 0 or gap in RCO_ROUTE
+    def has_anchor_gap(self, gap: int) -> bool:
+        """Whether a route keeps an anchor every ``gap`` epochs of the paper."""
+        return gap % self.keep_route == 0 or gap in RCO_ANCHORS
 
     def run(
         self,
@@ -142,17 +132,18 @@ class Profile:
         route: bool = False,
         start: Run | None = None,
     ) -> Run:
-        """A run named as the paper names it.
+        """A run, named as in the paper.
 
         Args:
-            start: the run that it begins from.
-            keep: the paper's epochs whose weights are kept.
-            route: of a teacher whose route is learned from: keep ``route(recipe)`` and what tells
-                how far a student is from every epoch.
+            recipe: a scaled recipe, from ``recipe``.
+            keep: the paper's epochs whose weights the run keeps, besides its ``FOLLOWED`` epochs.
+            route: whether students learn from the route of this teacher. If so, the run keeps the
+                weights of ``route_epochs(recipe)`` and its logits on validation images.
+            start: the run whose weights this run starts from.
         """
-        followed = map(self.epochs, FOLLOWED.get((model, type(method)), ()))
-        kept = {*map(self.epochs, keep), *(e for e in followed if e <= recipe.epochs)}
-        kept |= {*self.route(recipe)} if route else set()
+        followed = map(self.scale_epochs, FOLLOWED.get((model, type(method)), ()))
+        kept = {*map(self.scale_epochs, keep), *(e for e in followed if e <= recipe.epochs)}
+        kept |= {*self.route_epochs(recipe)} if route else set()
         return Run(
             data=self.dataset(data),
             model=self.model(model),
@@ -162,38 +153,47 @@ class Profile:
             images=self.images,
             start=start,
             keep=kept,
-            route=route,
+            save_logits=route,
         )
 
     def settings(
-        self, grid: bool = False, repeated: str = "", ours: Iterable[str] = (), **paper
+        self,
+        *datasets: str,
+        networks: Mapping[str, str] | None = None,
+        epochs: Mapping[str, int | Iterable[int]] | None = None,
+        iterations: int | None = None,
+        others: Mapping[str, Any] | None = None,
+        repeats_of: str = "",
+        grid: bool = False,
+        ours: Iterable[str] = (),
     ) -> pd.DataFrame:
-        """A table of the paper's settings beside this profile's.
+        """A table of the paper's settings and this profile's settings, one row each.
 
-        ``grid`` tells of the seeds of a grid of networks, ``repeated`` what recipes have as
-        ``data``, ``ours`` which settings the paper does not print.
-
-        Keys name the quantity, values are the paper's: a data set or network by name, a number of
-        epochs or several as ``range`` of numbers in a key that ends in ``epochs``, one of
-        iterations in a key that ends so.
+        Args:
+            datasets: the paper's data sets.
+            networks: the paper's networks by the name of their row, such as ``teacher``.
+            epochs: numbers of epochs by the name of their row.
+            iterations: a number of training iterations.
+            others: settings that are the same in every profile, by the name of their row.
+            repeats_of: the paper's data set whose ``repeats`` apply to ``epochs``.
+            grid: whether the exhibit is a grid of networks, with the seeds of a grid.
+            ours: names of the rows that the paper does not print.
         """
         rows = []
-        for key, value in paper.items():
-            if key.endswith("epochs"):
-                several = value if isinstance(value, list | tuple) else [value]
-                here = ", ".join(str(self._repeated(epoch, repeated)) for epoch in several)
-                value = ", ".join(map(str, several))
-            elif key.endswith("iterations"):
-                here = self.iterations(value)
-            elif key.startswith("data"):
-                here = display_name(self.dataset(value))
-            else:
-                here = self.model(value)
-            printed = f"{value} (ours)" if key in ours else value
-            rows.append((key.replace("_", " "), printed, here))
-        seeds = self.grid_seeds if grid else self.seeds
-        rows.append(("seeds", "not stated", len(seeds)))
+        for number, name in enumerate(datasets, start=1):
+            label = f"data set {number}" if number > 1 else "data set"
+            rows.append((label, name, display_name(self.dataset(name))))
+        rows += [(label, name, self.model(name)) for label, name in (networks or {}).items()]
+        for label, value in (epochs or {}).items():
+            several = [value] if isinstance(value, int) else [*value]
+            scaled = (self._repeat(epoch, repeats_of) for epoch in several)
+            rows.append((label, *(", ".join(map(str, values)) for values in (several, scaled))))
+        if iterations:
+            rows.append(("iterations", iterations, self.scale_iterations(iterations)))
+        rows += [(label, value, value) for label, value in (others or {}).items()]
+        rows = [(label, f"{p} (ours)" if label in ours else p, run) for label, p, run in rows]
         most = f"at most {self.images}" if self.images else "all"
+        rows.append(("seeds", "not stated", len(self.grid_seeds if grid else self.seeds)))
         rows.append(("training images", "all", most))
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
 
@@ -201,30 +201,29 @@ class Profile:
 PROFILES = {
     "smoke": Profile(
         name="smoke",
-        says="digits 8x8, small ResNets, a twentieth of the epochs; proves the pipeline, no claim",
-        length=1 / 20,
+        epoch_scale=1 / 20,
         seeds=(0, 1),
+        description="digits 8x8, small networks, a twentieth of the epochs: a test of the code, "
+        "no evidence",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
-        models=small_networks.SMOKE,
+        models=SMALL_NETWORKS,
         images=1000,
         repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
-        axis=2,
-        gate_factors=(250, 5),
+        axis_limit=2,
         evidence=False,
     ),
     "course": Profile(
         name="course",
-        says="CIFAR at a tenth of the epochs; made for one T4-class GPU",
-        length=1 / 10,
+        epoch_scale=1 / 10,
         seeds=(0, 1, 2),
+        description="CIFAR, a tenth of the epochs: for one GPU of the T4 class",
         models={"resnet50": "resnet50-x0.5"},
-        gate_factors=(3, 3),
     ),
     "paper": Profile(
         name="paper",
-        says="the papers' own settings; made for a data-centre GPU",
-        length=1,
+        epoch_scale=1,
         seeds=(0, 1, 2),
+        description="the papers' own settings: for a data-centre GPU",
     ),
 }
 
@@ -234,16 +233,17 @@ def open_profile(
     seeds: Iterable[int] | None = None,
     data: Mapping[str, str] | str | None = None,
 ) -> Profile:
-    """A profile by name, with other seeds or data sets where a reader asks for them.
+    """A profile by name, with the reader's own seeds and data sets.
 
     Args:
         name: ``smoke``, ``course`` or ``paper``.
-        seeds: instead of the profile's own.
-        data: what stands in for a data set: ``{"cifar100": "folder:/photos"}``, or the same as
-            text, ``"cifar100=folder:/photos"``, several separated by commas.
+        seeds: replace the profile's seeds.
+        data: replace data sets: ``{"cifar100": "folder:/photos"}``, or the same as text,
+            ``"cifar100=folder:/photos"``, with commas between several.
 
     Raises:
-        UnknownName: for a profile or data set that does not exist.
+        UnknownName: there is no profile or no data set of this name.
+        ValueError: ``data`` is text of another form, or KDLIB_KEEP_ROUTE is no number of epochs.
     """
     if name not in PROFILES:
         raise UnknownName("profile", name, PROFILES)
@@ -255,7 +255,7 @@ def open_profile(
         canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}
         named = tuple(sorted(f"{paper}={display_name(own)}" for paper, own in canonical.items()))
         datasets = {**profile.datasets, **canonical}
-        profile = replace(profile, datasets=datasets, stand_ins=named)
+        profile = replace(profile, datasets=datasets, substitutes=named)
     return profile
 
 
@@ -263,14 +263,14 @@ def _keep_route() -> int:
     """``$KDLIB_KEEP_ROUTE``, which ``./run_all.sh --keep-route`` sets."""
     text = os.environ.get("KDLIB_KEEP_ROUTE") or "1"
     if not (text.isdecimal() and int(text)):
-        raise ValueError(f"KDLIB_KEEP_ROUTE is {text!r}: it takes a number of epochs, 1 or more.")
+        raise ValueError(f"KDLIB_KEEP_ROUTE is {text!r}. Set it to a number of epochs, 1 or more.")
     return int(text)
 
 
 def _pairs(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
-    for paper, separator, own in pairs:
-        canonical_name(paper)
-        if not (separator and own):
-            raise ValueError(f"{text!r} does not read as NAME=DATA, such as cifar100=folder:PATH.")
+    if not all(paper and own for paper, _, own in pairs):
+        raise ValueError(
+            f"{text!r} is no choice of data sets. Write NAME=DATA, such as cifar100=folder:PATH."
+        )
     return {paper: own for paper, _, own in pairs}

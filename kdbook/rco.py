@@ -1,4 +1,4 @@
-"""What is measured for Route Constrained Optimization."""
+"""Route Constrained Optimization (RCO): the tables that its exhibits measure."""
 
 import numpy as np
 import pandas as pd
@@ -7,48 +7,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.chains.divergence import CHUNK, last_model, logits_of, teacher_of, training_images
+from kdlib.chains.divergence import last_model, logits_of, teacher_of, training_images
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix
 from kdlib.models import build_model
 from kdlib.store import Trained
 
+CHUNK = 500  # images in one forward pass
+
 
 def training_losses(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
-    """Over all training images in eval mode: columns ``ce`` and, given a teacher, ``kd``.
+    """The losses over all training images in eval mode: columns ``ce`` and, with a teacher, ``kd``.
 
-    ``kd`` is τ²·KL to the teacher's last epoch, whichever checkpoints the student learned from.
+    ``kd`` is τ²·KL to the teacher's last epoch, also for a student of earlier checkpoints.
     """
     images = training_images(trained.run)
     logits = logits_of(trained.model(), images)
     row = {"ce": F.cross_entropy(logits, images.labels.cpu()).item()}
     if teacher := teacher_of(trained.run):
-        taught = logits_of(last_model(teacher), images)
-        row["kd"] = losses.kd(logits, taught, temperature).item()
+        teacher_logits = logits_of(last_model(teacher), images)
+        row["kd"] = losses.kd(logits, teacher_logits, temperature).item()
     return pd.DataFrame([row])
 
 
 def trajectories(*several: Trained) -> pd.DataFrame:
-    """Where runs of one network and seed went, in the plane of most variance of all their weights.
+    """The weights of several runs after every epoch, on the two axes of their largest variance.
 
-    Columns: run (0, 1, …), epoch (0 is the common start, at the origin), pc1, pc2, and
-    share1, share2, the parts of the variance that the two axes hold. Needs every epoch kept.
+    The runs have one network and one seed. All their epochs must have been kept. Weights are those
+    of convolutions and linear layers, without biases and batch norm (Li et al. 2018).
 
-    Weights of convolutions and linear layers only, without biases and batch norm (Li et al. 2018).
-    The principal components are those of the stacked epochs of all runs; they come from the Gram
-    matrix, so that memory holds the trajectories once and nothing of their size beside them.
+    Columns: run (0, 1, …), epoch (0 is the common start, at the origin), pc1, pc2 (principal
+    components of the epochs of all runs), share1, share2 (the share of the variance on each axis).
     """
-    from sklearn.decomposition import KernelPCA  # half a second, in one figure of the book
+    from sklearn.decomposition import KernelPCA  # half a second, for one figure of the book
 
+    # The Gram matrix gives the components without a second copy of all weights in memory.
     gram = _gram(several)
     pca = KernelPCA(n_components=2, kernel="precomputed", eigen_solver="dense")
     plane = pca.fit_transform(gram)
     centred = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
     shares = pca.eigenvalues_ / np.trace(centred)
-    plane = (plane - plane[0]) * np.where(
-        plane[-1] < plane[0], -1, 1
-    )  # the last run goes up, right
+    # The sign of an axis is arbitrary: let the last run end at the right and at the top.
+    plane = (plane - plane[0]) * np.where(plane[-1] < plane[0], -1, 1)
     epochs = [range(trained.run.recipe.epochs + 1) for trained in several]
     return pd.DataFrame(
         {
@@ -63,9 +64,10 @@ def trajectories(*several: Trained) -> pd.DataFrame:
 
 
 def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
-    """Cosines between where runs have gone from their common start: columns first, second, cosine.
+    """Cosines between the displacements of several runs from their common start.
 
-    Of the same weights as ``trajectories``.
+    A displacement is the weights after ``epoch`` minus the weights at the start; weights as in
+    ``trajectories``. Columns: first, second (numbers of the runs), cosine.
     """
     rows = []
     start = _common_start(several)
@@ -80,14 +82,19 @@ def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
 def noise_losses(
     trained: Trained, deltas: list[float], draws: int, count: int | None = None
 ) -> pd.DataFrame:
-    """Test losses under noise (RCO, Figure 6): columns delta, draw, ce and, given a teacher, kl.
+    """Losses on test images with noise (RCO, Figure 6).
 
-    Noise of deviation δ·σ_in is added to pixels in [0, 1], σ_in being the deviation of all pixels
-    of the image. A draw is the same noise for every network, scaled by δ. ``kl`` is to the last
-    epoch of the teacher on the same noised images, at τ = 1.
+    The noise has the deviation δ·σ_in on pixels in [0, 1]; σ_in is the deviation of all pixels of
+    the image. A draw gives every network the same noise, scaled by δ.
+
+    Columns: delta, draw, ce and, with a teacher, kl: the divergence from the teacher's last epoch
+    on the same images, at τ = 1.
+
+    Args:
+        count: use the first ``count`` test images; None for all.
     """
     device = pick_device()
-    images = load_data(trained.run.data, "test", device).first(count)
+    images = load_data(trained.run.dataset, "test", device).first(count)
     models = [trained.model().to(device)]
     if teacher := teacher_of(trained.run):
         models.append(last_model(teacher).to(device))
@@ -113,7 +120,10 @@ def noise_losses(
 
 
 def noise_of(images: Images, index: Tensor, draw: int) -> Tensor:
-    """Standard normal noise ``[b, c, h, w]`` of a draw, the same whichever images stand beside."""
+    """Standard normal noise ``[b, c, h, w]`` of a draw.
+
+    The noise of an image depends on its index and the draw alone, not on the rest of the batch.
+    """
     shape = (images.channels, images.size, images.size)
     seeds = (torch.Generator().manual_seed(mix("noise", draw, i)) for i in index.tolist())
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
@@ -121,7 +131,7 @@ def noise_of(images: Images, index: Tensor, draw: int) -> Tensor:
 
 
 def noised(images: Images, index: Tensor, noise: Tensor, delta: float) -> Tensor:
-    """Normalised images ``[b, c, h, w]``, noise of deviation δ·σ_in added to their pixels."""
+    """Normalised images ``[b, c, h, w]`` with noise of the deviation δ·σ_in on their pixels."""
     x = images.batch(index)
     mean, std = (
         torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (images.mean, images.std)
@@ -131,7 +141,7 @@ def noised(images: Images, index: Tensor, noise: Tensor, delta: float) -> Tensor
 
 
 def _gram(several: tuple[Trained, ...]) -> np.ndarray:
-    """Inner products of all epochs' displacements from the common start, in float64."""
+    """Inner products of the displacements of all epochs from the common start, in float64."""
     start = _common_start(several)
     rows = sum(t.run.recipe.epochs + 1 for t in several)
     moved, row = torch.zeros(rows, len(start)), 0
@@ -144,18 +154,20 @@ def _gram(several: tuple[Trained, ...]) -> np.ndarray:
 
 
 def _common_start(several: tuple[Trained, ...]) -> Tensor:
-    """The weights that all of these start from."""
+    """The weights that all these runs start from."""
     run = several[0].run
-    if len({(t.run.data, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
-        raise ValueError("These runs do not share their data, network, seed and start.")
+    if len({(t.run.dataset, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
+        raise ValueError(
+            "These runs do not share their data, network, seed and start. Compare runs that do."
+        )
     if run.start:
         return _weights(last_model(run.start))
-    images = load_data(run.data, "test")
+    images = load_data(run.dataset, "test")
     return _weights(
         build_model(run.model, images.classes, images.channels, seed=mix("weights", run.seed))
     )
 
 
 def _weights(model: nn.Module) -> Tensor:
-    """Weights of convolutions and linear layers as one vector."""
+    """The weights of convolutions and linear layers as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])

@@ -1,4 +1,4 @@
-"""What is measured and drawn for Search for Better Students."""
+"""Search for Better Students: the tables and pictures of its exhibits."""
 
 import statistics
 import time
@@ -13,21 +13,32 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kdbook import figures
+from kdbook.profiles import Profile
 from kdlib.data import load_data
 from kdlib.models import Cost, Staged, build_model, count_cost
 from kdlib.models.architecture import Architecture
 from kdlib.models.channels import Channels
 from kdlib.runs import Run
 
+# Factors on the strength and the rate of the gates, by profile. Gates must close in fewer steps in
+# a shorter profile.
+GATE_FACTORS = {"smoke": (250, 5), "course": (3, 3)}
+
+
+def gate_settings(profile: Profile, strength: float, rate: float) -> dict[str, float]:
+    """The paper's λ₂ and η in this profile, as settings of ``GateSearch``."""
+    on_strength, on_rate = GATE_FACTORS.get(profile.name, (1, 1))
+    return {"strength": strength * on_strength, "rate": rate * on_rate}
+
 
 def drop_rates(found: Architecture) -> pd.DataFrame:
-    """Of every connection the share of channels that are removed.
+    """The share of channels that an architecture removes from each connection.
 
-    Columns layer (which reads), source (whose channels; empty for a sum), channels, removed,
-    drop_rate.
+    Columns: layer (that reads the channels), source (layer that makes them; empty for a sum),
+    channels, removed, drop_rate.
     """
     channels = Channels(build_model(found.base, classes=10, seed=0), image_size=32)
-    kept, rows = channels.settle(found.is_open), []
+    kept, rows = channels.remaining(found.is_open), []
     for reader in channels.gated:
         ends = np.cumsum([connection.channels for connection in reader.inputs])
         parts = np.split(kept[reader.name], ends[:-1])
@@ -39,14 +50,14 @@ def drop_rates(found: Architecture) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """Drop rates in one block of a DenseNet.
+    """The drop rates of one block of a DenseNet.
 
-    Layers are numbered from 0; the source -1 is the block's stem, what it is given to begin with.
+    The numbers of layers start at 0. The source -1 is the input of the block.
 
     Attributes:
-        inputs: of its layers' connections.
-        bottlenecks: of the channels between the two convolutions of a layer.
-        transition: of what the transition after it reads; empty for the last block.
+        inputs: connections into the layers.
+        bottlenecks: channels between the two convolutions of a layer.
+        transition: connections into the transition after the block; empty for the last block.
     """
 
     inputs: pd.DataFrame
@@ -65,7 +76,7 @@ class DenseBlock:
 
 
 def dense_blocks(rates: pd.DataFrame) -> list[DenseBlock]:
-    """``drop_rates`` of a DenseNet, block by block."""
+    """The table ``drop_rates`` of a DenseNet, split by block."""
     stage, kind = (rates.layer.str.split(".").str[k] for k in (1, -1))
     inputs = {b: rates[(stage == b) & (kind == "conv1")] for b in stage.unique()}
     blocks = []
@@ -86,28 +97,31 @@ def dense_blocks(rates: pd.DataFrame) -> list[DenseBlock]:
 
 
 def draw_students(axes: Axes, cost: pd.Series, scratch: pd.Series, kd: pd.Series) -> None:
-    """Errors against a cost: circles from scratch, crosses with KD, the crosses' Pareto front.
+    """Errors against a cost: circles from scratch, crosses with KD and their Pareto front.
 
     Args:
         cost, scratch, kd: by the student's name.
     """
-    for k, name in enumerate(cost.index):
-        look = {"color": figures.OKABE_ITO[k % len(figures.OKABE_ITO)], "ls": ""}
+    colors = [figures.OKABE_ITO[k % len(figures.OKABE_ITO)] for k in range(len(cost))]
+    for name, color in zip(cost.index, colors, strict=True):
         x = cost[name]
-        axes.plot([x, x], [scratch[name], kd[name]], lw=0.8, **look | {"ls": "-", "marker": ""})
-        axes.plot(x, scratch[name], marker="o", **look)
-        axes.plot(x, kd[name], marker="X", ms=6, **look)
+        axes.plot([x, x], [scratch[name], kd[name]], c=color, lw=0.8, ls="-", marker="")
+        axes.plot(x, scratch[name], c=color, ls="", marker="o")
+        axes.plot(x, kd[name], c=color, ls="", marker="X", ms=6)
     front = pareto(cost, kd)
     axes.step(
         cost[front], kd[front], where="post", c="#999999", lw=0.8, ls="-", marker="", zorder=0
     )
     figures.log_axis(axes)
-    colors = [figures.OKABE_ITO[k % len(figures.OKABE_ITO)] for k in range(len(cost))]
     figures.name_points(axes, cost, kd, colors)
 
 
 def pareto(cost: pd.Series, error: pd.Series) -> list[str]:
-    """Whom nobody beats: no other costs no more and errs less, or costs less and errs no more."""
+    """The names on the Pareto front, from the cheapest to the most expensive.
+
+    A point is not on the front if another point has a lower cost and no higher error, or a lower
+    error and no higher cost.
+    """
     cheaper = cost.to_numpy()[:, None] < cost.to_numpy()
     better = error.to_numpy()[:, None] < error.to_numpy()
     beaten = (cheaper & ~better.T) | (better & ~cheaper.T)
@@ -116,40 +130,42 @@ def pareto(cost: pd.Series, error: pd.Series) -> list[str]:
 
 def draw_dense_blocks(figure: Figure, blocks: Iterable[DenseBlock]) -> None:
     """Drop rates of every block of a DenseNet: connections, bottlenecks, transition."""
-    import seaborn  # almost a second, in one figure of the book
-
     blocks = list(blocks)
     grid = figure.subplots(3, len(blocks), gridspec_kw={"height_ratios": (8, 1, 1)}, squeeze=False)
-    look = {"vmin": 0, "vmax": 1, "cmap": "cividis_r", "linewidths": 0.4, "linecolor": "white"}
-    layout = figure.get_layout_engine()
-    figure.set_layout_engine("none")  # seaborn draws the whole figure for every table
-    for k, (block, column) in enumerate(zip(blocks, grid.T, strict=True)):
+    for number, (block, column) in enumerate(zip(blocks, grid.T, strict=True), start=1):
         inputs = block.inputs.pivot(index="source", columns="layer", values="drop_rate")
         strips = {
             "bottleneck": block.bottlenecks.set_index("layer").drop_rate,
             "transition": block.transition.set_index("source").drop_rate,
         }
-        tables = [inputs, *(strip.to_frame().T for strip in strips.values())]
-        for axes, table in zip(column, tables, strict=True):
-            axes.grid(visible=False)
-            if table.empty:
-                axes.set_axis_off()
-                continue
-            bar = {"cbar": False, "xticklabels": [_source(c) for c in table.columns]}
-            seaborn.heatmap(table, ax=axes, **look, **bar, yticklabels=False, square=False)
-            axes.tick_params(length=0, labelsize=5.5, rotation=0)
-            axes.set(xlabel="", ylabel="")
-        column[0].set_yticks(np.arange(len(inputs)) + 0.5, map(_source, inputs.index), fontsize=5.5)
-        column[0].set_title(f"dense block {k + 1}")
-        column[0].set_xlabel("layer that reads", fontsize=7)
-        if k == 0:
-            column[0].set_ylabel("whose channels", fontsize=7)
+        _draw_rates(column[0], inputs)
+        for axes, strip in zip(column[1:], strips.values(), strict=True):
+            _draw_rates(axes, strip.to_frame().T)
+        column[0].set_yticks(np.arange(len(inputs)) + 0.5, map(_source, inputs.index))
+        column[0].set_title(f"dense block {number}")
+        column[0].set_xlabel("reading layer", fontsize=7)
+        if number == 1:
+            column[0].set_ylabel("source of the channels", fontsize=7)
             for axes, name in zip(column[1:], strips, strict=True):
                 axes.set_ylabel(name, fontsize=6.5, rotation=0, ha="right", va="center")
-    figure.set_layout_engine(layout)
     shades = figure.colorbar(column[0].collections[0], ax=grid, shrink=0.8, aspect=40, pad=0.01)
-    shades.set_label("drop rate: removed over present", fontsize=7)
+    shades.set_label("drop rate: channels removed / channels", fontsize=7)
     shades.ax.tick_params(labelsize=6)
+
+
+def _draw_rates(axes: Axes, table: pd.DataFrame) -> None:
+    """A heat map. ``seaborn.heatmap`` would draw the whole figure again for every table."""
+    if table.empty:
+        axes.set_axis_off()
+        return
+    look = {"cmap": "cividis_r", "linewidth": 0.4, "edgecolor": "white"}
+    axes.grid(visible=False)
+    axes.pcolormesh(table, vmin=0, vmax=1, **look)
+    axes.set_xticks(np.arange(table.shape[1]) + 0.5, map(_source, table.columns))
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=5.5)
 
 
 def _source(number: float) -> str:
@@ -157,43 +173,42 @@ def _source(number: float) -> str:
 
 
 def cost_of(run: Run) -> Cost:
-    """Parameters and multiply-accumulates of a run's network."""
-    return count_cost(_built(run), _image_size(run))
+    """Parameters and multiply-accumulates of a run's network on its test images."""
+    return count_cost(_network_of(run), load_data(run.dataset, "test").size)
 
 
 def latencies(runs: Mapping[str, Run], batch: int = 64, rounds: int = 20) -> pd.DataFrame:
-    """Median time of a forward pass of every run's network, on the CPU and a GPU if there is one.
+    """Median time of a forward pass of each run's network, on the CPU and on a GPU if there is one.
 
-    In eval mode, float32, fresh weights. The networks take turns, so that a busy machine slows all
-    of them alike.
+    Networks have random weights, in eval mode and float32. They take turns, so that other work on
+    the machine slows all of them equally.
 
-    Returns columns ``device``, ``parameters, M``, ``MACs, M``, ``ms a batch``; index: the names.
+    Index: network, the names in ``runs``. Columns: ``device``, ``parameters, M``, ``MACs, M``,
+    ``ms a batch``.
     """
-    x = load_data(next(iter(runs.values())).data, "test").batch(torch.arange(batch))
+    x = load_data(next(iter(runs.values())).dataset, "test").batch(torch.arange(batch))
     rows = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         images = x.to(device)
-        networks = {name: _built(run).eval().to(device) for name, run in runs.items()}
+        networks = {
+            name: _network_of(run).eval().to(device, memory_format=torch.channels_last)
+            for name, run in runs.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds + 2):
             for name, network in networks.items():
                 times[name].append(_seconds(network, images))
         for name, network in networks.items():
             cost = count_cost(network, x.shape[-1])
-            milliseconds = 1000 * statistics.median(times[name][2:])
+            milliseconds = 1000 * statistics.median(times[name][2:])  # the first two warm up
             rows.append((name, device, cost.params / 1e6, cost.macs / 1e6, milliseconds))
     columns = ["network", "device", "parameters, M", "MACs, M", "ms a batch"]
     return pd.DataFrame(rows, columns=columns).set_index("network").round(3)
 
 
-def _built(run: Run) -> Staged:
-    images = load_data(run.data, "test")
-    network = build_model(run.model, images.classes, images.channels, seed=0)
-    return network.to(memory_format=torch.channels_last)
-
-
-def _image_size(run: Run) -> int:
-    return load_data(run.data, "test").batch(torch.zeros(1, dtype=torch.int64)).shape[-1]
+def _network_of(run: Run) -> Staged:
+    images = load_data(run.dataset, "test")
+    return build_model(run.model, images.classes, images.channels, seed=0)
 
 
 @torch.no_grad()

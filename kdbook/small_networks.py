@@ -1,15 +1,15 @@
-"""What stands in for the papers' networks on 8x8 digits, in the smoke profile."""
+"""Small networks that replace the papers' networks in the smoke profile, for digits of 8x8."""
 
-# A MobileNetV2 is made for larger images than 8x8: ResNets of the same widths stand in for it
-# there, of more layers where it has the larger expansion ratio.
+# A MobileNetV2 is made for images larger than 8x8. A ResNet of the same width replaces it. The
+# ResNet has more layers if the MobileNetV2 has a larger expansion ratio.
 STUDENTS = {
     f"mobilenetv2-t{expansion}-w{width}": f"resnet{depth}-x{width}"
     for expansion, depth in ((4, 8), (6, 14), (8, 20), (10, 26))
     for width in (0.35, 0.5, 0.75, 1.0)
 }
 
-# STC's pairs at half of their widths and fewer layers, or an eighth where they are four times as
-# wide: they fit each other where those of the paper do.
+# STC's networks with fewer layers and half of the width, or an eighth of the width if they are
+# four times as wide. Two small networks have equal shapes if the paper's two networks have them.
 PAIRS = {
     "resnet20": "resnet8-x0.5",
     "resnet56": "resnet14-x0.5",
@@ -21,8 +21,8 @@ PAIRS = {
     "vgg13": "vgg13-x0.125",
 }
 
-# The teacher of the student search with a quarter of its layers, and students of about a third of
-# its parameters or multiply-accumulates on 8x8 images, where there are such.
+# The search's teacher with a quarter of its layers. Each student has about a third of the teacher's
+# parameters or multiply-accumulates on images of 8x8, where such a network exists.
 SEARCH = {
     "densenet-bc-100-12": "densenet-bc-28-6",
     "densenet-bc-50-12": "densenet-bc-16-5",
@@ -40,7 +40,7 @@ SEARCH = {
     "mobilenetv2": "mobilenetv2-x0.15",
 }
 
-# KR's pairs at half of their widths, its teachers with so many layers that they come in groups.
+# KR's networks at half of their width. A teacher has enough layers to form groups of layers.
 KR = {
     "resnet26": "resnet20-x0.5",
     "resnet8": "resnet8-x0.5",
@@ -50,4 +50,4 @@ KR = {
     "resnet14-x0.9375": "resnet14-x0.47",
 }
 
-SMOKE = {"resnet50": "resnet14", **STUDENTS, **PAIRS, **SEARCH, **KR}
+SMALL_NETWORKS = {"resnet50": "resnet14", **STUDENTS, **PAIRS, **SEARCH, **KR}

@@ -1,4 +1,4 @@
-"""What is measured for Student-Teacher Collaboration."""
+"""Student-Teacher Collaboration (STC): the table that its exhibits measure."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.chains.divergence import record_of, training_images
+from kdlib import store
+from kdlib.chains.divergence import training_images
 from kdlib.data import Images
-from kdlib.engine.state import trained_networks
+from kdlib.engine.state import trained_modules
 from kdlib.methods import Step
-from kdlib.models.precision import AutocastNetwork
+from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -19,24 +20,25 @@ from kdlib.store import Trained
 def gradient_cosines(
     trained: Trained, first: str, second: str, epochs: list[int], count: int = 512
 ) -> pd.DataFrame:
-    """How two terms of a run's loss agree: columns epoch, stage, cosine, ratio.
+    """The agreement of the gradients of two terms of a run's loss, for each stage of the student.
 
-    The cosine between their gradients with respect to a stage's weights, and the norm of the first
-    over that of the second. Stage 0 is the stem; stages that a term does not reach are left out.
-    Each on one batch, the first ``count`` training images as they are, batch norm as in training.
+    Columns: epoch, stage (0 is the stem), cosine (between the two gradients of the stage's
+    weights), ratio (norm of the first gradient over the norm of the second). A stage without a
+    gradient of both terms has no row. Both gradients come from one batch, the first ``count``
+    training images without augmentation, with batch norm in training mode.
 
     Args:
-        first, second: terms of the method, such as ``stc`` and ``ce``.
-        epochs: after which; 0 is the start. Their weights must have been kept.
+        first, second: terms of the method's loss, such as ``stc`` and ``ce``.
+        epochs: the epochs after which to measure; 0 is the start. The run must have kept them.
     """
     run, images = trained.run, training_images(trained.run)
     step, rows = _step(run, images.first(count)), []
     for epoch in epochs:
         expected = trained.summary["weights"].get(str(epoch))
-        networks = trained_networks(run, epoch, images, expected).train().requires_grad_(True)
-        parts = _called(networks, images.device)
-        _, terms = run.method.loss(step._replace(student=parts.pop("student"), parts=parts))
-        for stage, part in enumerate([networks["student"].stem, *networks["student"].body]):
+        modules = trained_modules(run, epoch, images, expected).train().requires_grad_(True)
+        aux = _autocast(modules, images.device)
+        _, terms = run.method.loss(step._replace(student=aux.pop("student"), aux=aux))
+        for stage, part in enumerate([modules["student"].stem, *modules["student"].body]):
             one, other = (_gradient(terms[name], part) for name in (first, second))
             if one.any() and other.any():
                 cosine = F.cosine_similarity(one, other, dim=0).item()
@@ -45,7 +47,7 @@ def gradient_cosines(
 
 
 def _gradient(term: Tensor, part: nn.Module) -> Tensor:
-    """Of a term with respect to a part's weights, as one float64 vector; 0 beyond its reach."""
+    """The gradient of a term for the weights of a part, as one float64 vector."""
     weights = list(part.parameters())
     gradients = torch.autograd.grad(
         term, weights, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -54,28 +56,36 @@ def _gradient(term: Tensor, part: nn.Module) -> Tensor:
 
 
 def _step(run: Run, images: Images) -> Step:
-    """All of some images as one batch of a run's last epoch, but for the networks it trains."""
+    """All these images as one batch of the run's last epoch, still without trained networks."""
     x = images.batch(torch.arange(len(images), device=images.device))
-    frozen, teacher, targets = {}, None, None
-    for name, lender in run.method.frozen().items():
-        last = lender.recipe.epochs
-        expected = record_of(lender).summary["weights"][str(last)]
-        frozen[name] = trained_networks(lender, last, images, expected)[name]
-    if anchor := run.method.teacher_at(run.recipe.epochs - 1):
-        teacher = record_of(anchor[0]).model(anchor[1]).to(images.device)
+    pretrained, teacher, teacher_logits = {}, None, None
+    for name, other in run.method.pretrained().items():
+        last = other.recipe.epochs
+        expected = store.require_record(other).summary["weights"][str(last)]
+        pretrained[name] = trained_modules(other, last, images, expected)[name]
+    if checkpoint := run.method.teacher_at(run.recipe.epochs - 1):
+        network = store.require_record(checkpoint.run).model(checkpoint.epoch).to(images.device)
         with torch.no_grad():
-            targets = teacher(x)
-        teacher = AutocastNetwork(teacher, images.device, torch.float32)
+            teacher_logits = network(x)
+        teacher = AutocastNetwork(network, images.device, torch.float32)
     return Step(
         x=x,
         labels=images.labels,
-        targets=targets,
+        teacher_logits=teacher_logits,
         student=None,
         teacher=teacher,
-        parts={},
-        frozen=_called(frozen, images.device),
+        aux={},
+        pretrained=_autocast(pretrained, images.device),
     )
 
 
-def _called(networks: Mapping[str, nn.Module], device: torch.device) -> dict[str, AutocastNetwork]:
-    return {name: AutocastNetwork(net, device, torch.float32) for name, net in networks.items()}
+def _autocast(
+    modules: Mapping[str, nn.Module], device: torch.device
+) -> dict[str, AutocastNetwork | InFloat32]:
+    """The modules in the form in which a step holds them, in float32 on every device."""
+    return {
+        name: module
+        if isinstance(module, InFloat32)
+        else AutocastNetwork(module, device, torch.float32)
+        for name, module in modules.items()
+    }

@@ -1,8 +1,7 @@
-"""kdlib: the kernels and the bookkeeping under an executable book on knowledge distillation."""
+"""kdlib: training kernels for knowledge distillation, and the bookkeeping of their runs."""
 
-from kdlib import losses
-from kdlib.chains.found import FoundStudent
-from kdlib.chains.greedy import GreedySearch
+from kdlib import chains, data, engine, losses, methods, models, store
+from kdlib.chains import Calibration, FoundStudent, GreedySearch, OnDistorted, RandomStudent
 from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
@@ -14,48 +13,18 @@ from kdlib.methods import (
     NST,
     STC,
     AttentionTransfer,
-    CrossEntropy,
     FactorTransfer,
     GateSearch,
     Hint,
     MutualLearning,
     OneStage,
+    Penalised,
     RocketLaunching,
     multi_stage,
     paraphrase,
 )
 from kdlib.models import build_model, count_cost
-from kdlib.runs import Recipe, Run
+from kdlib.runs import Checkpoint, CrossEntropy, Method, Recipe, Run
 from kdlib.store import Trained, measure
 
 __version__ = "0.1.0"
-__all__ = [
-    "FSP",
-    "KD",
-    "KDGAN",
-    "KR",
-    "NST",
-    "STC",
-    "AttentionTransfer",
-    "CrossEntropy",
-    "FactorTransfer",
-    "FoundStudent",
-    "GateSearch",
-    "GreedySearch",
-    "Hint",
-    "KdlibError",
-    "MutualLearning",
-    "OneStage",
-    "Recipe",
-    "RocketLaunching",
-    "Run",
-    "Trained",
-    "build_model",
-    "count_cost",
-    "load_data",
-    "losses",
-    "measure",
-    "multi_stage",
-    "paraphrase",
-    "train",
-]

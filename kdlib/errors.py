@@ -1,4 +1,4 @@
-"""Errors that say what is wrong, where, and what to do."""
+"""Errors: each message says what is wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ class KdlibError(Exception):
 
 
 class UnknownName(KdlibError, ValueError):
-    """A name that stands for nothing: the message gives the closest that do."""
+    """A name that does not exist; the message gives the closest names that do."""
 
     def __init__(self, kind: str, name: str, valid: Iterable[str]):
         valid = sorted(valid)
@@ -27,8 +27,8 @@ class StoreError(KdlibError, OSError):
 
 
 class NothingFound(KdlibError, ValueError):
-    """A search that ended without a network to train."""
+    """A chain of runs that ended without a result."""
 
 
 class NotFinite(KdlibError, ArithmeticError):
-    """A loss that became infinite or not a number."""
+    """A loss that is infinite or not a number."""

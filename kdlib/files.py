@@ -1,4 +1,4 @@
-"""Where things lie, and writing them so that nothing half-written is ever read as whole."""
+"""The project's folders, and writing files so that nothing half-written is read as complete."""
 
 import contextlib
 import errno
@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 
 from kdlib.errors import StoreError
 
-ROOT = Path(__file__).resolve().parent.parent
+_CHECKOUT = Path(__file__).resolve().parent.parent
+# Folders lie in the checkout; where kdlib is installed without one, in the current folder.
+ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
 def home() -> Path:
@@ -28,9 +30,10 @@ def results() -> Path:
     return Path(os.environ.get("KDLIB_RESULTS") or ROOT / "results").resolve()
 
 
-def published() -> Path:
-    """The papers' own numbers and claims, part of the project."""
-    return ROOT / "results" / "published"
+def own_or_committed(own: Path, name: str) -> Iterator[Path]:
+    """Where a file may be: in the store, then among the committed records of every profile."""
+    yield own
+    yield from sorted(results().glob(f"*/records/{name}"))
 
 
 @contextlib.contextmanager

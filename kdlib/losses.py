@@ -1,7 +1,7 @@
 """Losses: one formula each, averaged over the batch, with gradients to the student only.
 
-Logits are ``[b, classes]``, features ``[b, channels, height, width]``; every function returns a
-0-dim tensor. The teacher's side is detached, so a live teacher never receives a gradient.
+Logits are ``[b, classes]``, features ``[b, channels, height, width]``. Every function returns a
+0-dim tensor. The teacher's side is detached, so the teacher never receives a gradient.
 """
 
 import torch
@@ -18,8 +18,10 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Te
 
 
 def imitation(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T²·CE(softmax(z_t/T), softmax(z/T)): ``kd`` plus what no student can change, T² times the
-    teacher's entropy (STC's L_STC; T = 1 unless the target is soft)."""
+    """T²·CE(softmax(z_t/T), softmax(z/T)), STC's L_STC; T = 1 unless the target is soft.
+
+    It equals ``kd`` plus T² times the teacher's entropy, which no student can change.
+    """
     target = F.softmax(teacher_logits.detach() / temperature, dim=1)
     return temperature**2 * F.cross_entropy(logits / temperature, target)
 
@@ -32,14 +34,14 @@ def hint(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 def attention(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Mean of (q_s - q_t)², q the L2-normalised map mean_c(F²) (AT, Zagoruyko & Komodakis 2017).
 
-    Channels may differ; height and width may not.
+    The numbers of channels may differ; height and width must be equal.
     """
     student, teacher = _attention_map(student_feature), _attention_map(teacher_feature.detach())
     return F.mse_loss(student, teacher)
 
 
 def factor(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-    """Mean of |f_s - f_t|, each image's factor L2-normalised whole (FT, Kim et al. 2018)."""
+    """Mean of |f_s - f_t|, each image's factor L2-normalised (FT, Kim et al. 2018)."""
     student, teacher = student_factor.flatten(1), teacher_factor.detach().flatten(1)
     return F.l1_loss(F.normalize(student), F.normalize(teacher))
 
@@ -47,8 +49,8 @@ def factor(student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
 def fsp(student_in: Tensor, student_out: Tensor, teacher_in: Tensor, teacher_out: Tensor) -> Tensor:
     """Mean of (G_s - G_t)², G the flow matrix between two layers (FSP, Yim et al. 2017).
 
-    Student and teacher need equal channel counts at both layers; where a layer's height and width
-    exceed the other's, the larger is max-pooled to the smaller.
+    Student and teacher need equal numbers of channels at both layers. Of two layers of different
+    size, the larger is max-pooled to the size of the smaller.
     """
     return F.mse_loss(_flow(student_in, student_out), _flow(teacher_in, teacher_out).detach())
 
@@ -56,8 +58,9 @@ def fsp(student_in: Tensor, student_out: Tensor, teacher_in: Tensor, teacher_out
 def nst(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Squared MMD of the channels' activation patterns, kernel (x·y)² (NST, Huang & Wang 2017).
 
-    A pattern is one channel's L2-normalised map. Channels may differ; height and width may not.
-    The kernels are batched matrix products ``[b, c, c]``: no ``b x c x c x hw`` tensor is made.
+    A pattern is one channel's L2-normalised map. The numbers of channels may differ; height and
+    width must be equal. The kernels are batched matrix products ``[b, c, c]``, so that no tensor of
+    ``b x c x c x hw`` is made.
     """
     student = F.normalize(student_feature.flatten(2), dim=2)
     teacher = F.normalize(teacher_feature.detach().flatten(2), dim=2)
@@ -71,13 +74,14 @@ def recoding(
     gain: float = 2.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean of ρ(u), the sparse recoding penalty as this project reconstructs it (KR, Eq. 3, 4).
+    """Mean of ρ(u), the sparse recoding penalty in this project's reconstruction (KR, Eq. 3, 4).
 
-    ρ(u) = gain/2·max(u² - t², 0): its gradient is 0 where |u| ≤ t, and gain·u beyond. Without
-    threshold and at gain 1 it is ½u², the dense penalty.
+    ρ(u) = gain/2·max(u² - t², 0). Its gradient is 0 where |u| ≤ t, and gain·u elsewhere. With a
+    threshold of 0 and a gain of 1 it is ½u², the dense penalty.
 
     Args:
-        weights: ``[m]``, of residuals ``[m, …]``, whose means are summed with these.
+        weights: ``[m]`` for residuals ``[m, …]``: the weights of a sum of m means; None for the
+            mean over all.
     """
     penalty = F.relu(residual.square() - threshold**2)
     mean = penalty.mean() if weights is None else weights @ penalty.flatten(1).mean(1)
@@ -85,17 +89,20 @@ def recoding(
 
 
 def aggregation_weights(features: Tensor) -> Tensor:
-    """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these,
-    without gradient (KR, Eq. 9: "to penalize more on the layer with higher accumulation error").
-    Where all features are constant, none has a weight."""
+    """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these.
+
+    Without gradient (KR, Eq. 9: "to penalize more on the layer with higher accumulation error").
+    Where all features are constant, all weights are 0.
+    """
     features = features.detach().flatten(1)
-    # Not std(1), which takes eight times as long on a CPU.
+    # std(1) takes eight times as long on a CPU.
     spread = (features - features.mean(1, keepdim=True)).square().mean(1).sqrt()
     return spread / spread.sum().clamp(min=torch.finfo(spread.dtype).tiny)
 
 
 def concrete(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """A sample ``[b, classes]`` of the softmax of logits, relaxed so that it has a gradient:
+    """A relaxed sample ``[b, classes]`` of the softmax of logits, which has a gradient.
+
     softmax((log p + g) / τ), g = -log(-log u) (Gumbel-softmax; Jang et al. 2017).
 
     Args:

@@ -1,20 +1,31 @@
-"""Run: a frozen description of one training, whose id is a hash of all of it."""
+"""Run, Method, Recipe, Step: one recursive type, since the teacher of a run's method is a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
+from typing import ClassVar, NamedTuple
 
-from kdlib.data import canonical_name
-from kdlib.methods import CrossEntropy, Method
-from kdlib.methods.distill import Anchor
-from kdlib.models.names import builder
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-# Part of every id: raise it when a change of the code changes what training computes.
+from kdlib.data import canonical_name, check_name
+from kdlib.description import describe
+from kdlib.models import Staged
+from kdlib.models.names import check_model
+from kdlib.models.precision import AutocastNetwork
+
+# Part of every id. Raise it when a change of the code changes the result of a training.
 ENGINE_VERSION = 1
+
+Terms = dict[str, Tensor]
+Modules = Mapping[str, AutocastNetwork | nn.Module]
 
 
 @dataclass(frozen=True)
@@ -23,10 +34,10 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images.
-        batch: images a step.
+        batch: images in one step.
         lr: initial learning rate.
-        milestones: after how many epochs the rate is multiplied by ``decay``.
-        weight_decay: L2, on every parameter.
+        milestones: epochs after which the rate is multiplied by ``decay``.
+        weight_decay: factor of the L2 penalty on every parameter.
     """
 
     epochs: int
@@ -40,31 +51,188 @@ class Recipe:
     def __post_init__(self):
         object.__setattr__(self, "milestones", tuple(self.milestones))
         if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"A recipe needs at least one epoch and one image a batch: {self}")
+            raise ValueError(f"A recipe needs at least one epoch and one image in a batch: {self}")
 
     def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
+        """The learning rate of an epoch, counted from 0."""
         return self.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+class Checkpoint(NamedTuple):
+    """The weights of a run after a number of its epochs."""
+
+    run: Run
+    epoch: int
+
+
+class Step(NamedTuple):
+    """The input of a loss: one batch, and networks that return float32 on every device.
+
+    Attributes:
+        x: images ``[b, channels, height, width]``.
+        labels: int64 ``[b]``.
+        teacher_logits: ``[b, classes]``, for exactly these views, with ``needs_logits``; else None.
+        student: the network to train.
+        teacher: the teacher, frozen, with ``needs_teacher``; else None.
+        aux: the auxiliary modules that the method trains, by name.
+        pretrained: modules that other runs have trained, by name, in eval mode.
+        inputs: this step's part of the method's ``epoch_inputs``, by name.
+    """
+
+    x: Tensor
+    labels: Tensor
+    teacher_logits: Tensor | None
+    student: AutocastNetwork
+    teacher: AutocastNetwork | None
+    aux: Modules
+    pretrained: Modules
+    inputs: Mapping[str, Tensor] = {}
+
+
+class SGD(NamedTuple):
+    """An optimizer of these modules, with the rate and the schedule of a recipe of its own."""
+
+    recipe: Recipe
+    modules: tuple[str, ...]
+
+
+class Curve(NamedTuple):
+    """Means of a term of the loss over ``every`` steps each; a record keeps the first ``bins``."""
+
+    term: str
+    every: int
+    bins: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student learns. The fields of a subclass are part of the run's description.
+
+    Attributes:
+        needs_logits: the loss reads the teacher's logits.
+        needs_teacher: the method uses the teacher itself; ``runs_teacher``: in every step.
+        standalone: the student works without the auxiliary modules.
+        reads_gradients: nothing may compute in half precision, where gradients are scaled.
+        curve: a term that the record keeps at a finer resolution than epochs.
+    """
+
+    needs_logits = True
+    needs_teacher = False
+    standalone = True
+    reads_gradients = False
+    curve: ClassVar[Curve | None] = None
+
+    @property
+    def runs_teacher(self) -> bool:
+        return self.needs_teacher
+
+    def teacher_at(self, epoch: int) -> Checkpoint | None:
+        """The teacher's checkpoint for the student's ``epoch`` (from 0); None without a teacher."""
+        return None
+
+    def checkpoints(self, epochs: int) -> set[Checkpoint]:
+        """All checkpoints that teach a run of this many epochs."""
+        return {c for e in range(epochs) if (c := self.teacher_at(e)) is not None}
+
+    def check(self, run: Run) -> None:
+        """Raise ValueError where ``run`` cannot learn in this way; called when a run is made."""
+
+    def aux_modules(
+        self, student: Staged, teacher: Staged | None, x: Tensor
+    ) -> dict[str, nn.Module]:
+        """New modules to train with the student, by name; whole networks are tested as it is.
+
+        Called once, under a seeded random state, with a few images ``x``.
+        """
+        return {}
+
+    def optimizers(self, modules: nn.ModuleDict) -> dict[str, SGD | Optimizer]:
+        """Optimizers besides the student's, which updates all modules that they do not.
+
+        An ``Optimizer`` has the name of the module that it updates, and keeps its momentum as
+        ``momentum_buffer``.
+        """
+        return {}
+
+    def pretrained(self) -> dict[str, Run]:
+        """By name, runs whose auxiliary module of that name this method uses."""
+        return {}
+
+    def composites(
+        self, student: AutocastNetwork, teacher: AutocastNetwork | None, aux: Modules
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Classifiers made of several networks, by name, to test after each epoch.
+
+        One named ``student`` is tested in the place of the student.
+        """
+        return {}
+
+    def metrics(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """Numbers for the log, after an epoch."""
+        return {}
+
+    def should_stop(self, modules: nn.ModuleDict, within: int = 0) -> bool:
+        """Whether the run ends now, before its recipe's last epoch; asked after every epoch.
+
+        Given ``within``, whether it may end within so many steps; asked before every epoch. If so,
+        the first question is asked after each step of that epoch.
+        """
+        return False
+
+    def epoch_inputs(
+        self, epoch: int, generator: torch.Generator, steps: int, batch: int, classes: int
+    ) -> dict[str, Tensor]:
+        """Random numbers and schedules that the steps of an epoch read, ``[steps, …]``, by name.
+
+        A step itself draws no random numbers and knows no epoch, so that it can be captured as a
+        graph. Shapes stay the same. Seed and epoch (from 0) of the run seed the ``generator``.
+        """
+        return {}
+
+    def extra_updates(self, step: Step) -> Iterator[tuple[str, Terms]]:
+        """Updates before that of ``loss``: names of optimizers, each with named terms.
+
+        An optimizer alone minimises the term of its name; all terms are logged.
+        """
+        return iter(())
+
+    def loss(self, step: Step) -> tuple[Tensor, Terms]:
+        """The student's logits, and named terms. All are logged, and ``loss`` is minimised."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Method):
+    """Learn from the labels alone ("softmax" in RCO's tables)."""
+
+    def loss(self, step):
+        logits = step.student(step.x)
+        ce = F.cross_entropy(logits, step.labels)
+        return logits, {"loss": ce, "ce": ce}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: data, model, method, recipe, seed. A teacher in the method is itself a Run.
+    """One training: data, model, method, recipe, seed.
+
+    Making a run reads no file. An image folder is read when the run's ``id`` is asked for, the file
+    of a found architecture when the run is trained.
 
     Attributes:
         data: name for ``load_data``.
         model: name for ``build_model``.
-        images: train on the first so many images only, classes in turn; None for all.
-        start: begin from the last weights of this run, of the same data and model, instead of
-            random ones; optimizer and schedule begin anew.
-        keep: epochs whose weights stay in the store besides the last. Not part of the id: a kept
-            checkpoint changes no number.
-        route: keep also the logits of the validation images after every epoch, in half precision.
-            Not part of the id either.
+        images: number of training images, classes in turn; None for all.
+        start: begin with the last weights of this run, of the same data and model, and with a new
+            optimizer and schedule.
+        keep: epochs whose weights stay in the store besides the last; not part of the id.
+        save_logits: save the logits of the validation images after every epoch, in half precision;
+            not part of the id.
 
-    Raises UnknownName at once where the data set or the model is unknown, ValueError where the
-    method does not fit the model.
+    Raises UnknownName where the data set or the model is unknown, ValueError where the method does
+    not fit the model.
     """
+
+    DESCRIBED_BY: ClassVar = {"data": "dataset"}
 
     data: str
     model: str
@@ -74,22 +242,27 @@ class Run:
     images: int | None = None
     start: Run | None = None
     keep: tuple[int, ...] = field(default=(), compare=False)
-    route: bool = field(default=False, compare=False)
+    save_logits: bool = field(default=False, compare=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "data", canonical_name(self.data))
-        # index refuses 1.5, and takes the integers of numpy for those of Python
+        check_name(self.data)
+        check_model(self.model)
+        # index refuses 1.5, and makes Python's integers of numpy's
         object.__setattr__(self, "keep", tuple(sorted({index(epoch) for epoch in self.keep})))
-        builder(self.model)  # what is unknown or cannot be is refused here, not after hours
         self.method.check(self)
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
-        if not self.method.whole and self.route:
-            raise ValueError(f"The student of {self} is no network by itself: it has no route.")
-        if self.start and not self.start.method.whole:
-            raise ValueError(f"{self.start} is no start: its student needs what it trained along.")
+        if not self.method.standalone and self.save_logits:
+            raise ValueError(f"The student of {self} needs auxiliary modules: it saves no logits.")
+        if self.start and not self.start.method.standalone:
+            raise ValueError(f"No run starts from {self.start}: it needs auxiliary modules.")
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):
             raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
+
+    @cached_property
+    def dataset(self) -> str:
+        """The name of the data set on every machine: of a folder its own name and content hash."""
+        return canonical_name(self.data)
 
     @cached_property
     def id(self) -> str:
@@ -98,24 +271,24 @@ class Run:
 
     @cached_property
     def description(self) -> dict:
-        """All that the id stands for, as plain JSON: the run's whole ancestry."""
+        """The content of the id as plain JSON."""
         return describe(self)
 
-    @property
-    def teachers(self) -> list[Anchor]:
-        """The checkpoints that label this run, and those whose parts its method uses."""
-        lent = {(run, run.recipe.epochs) for run in self.method.frozen().values()}
-        return [*self.method.anchors(self.recipe.epochs), *lent]
+    @cached_property
+    def teachers(self) -> list[Checkpoint]:
+        """The checkpoints that teach this run, and those whose modules its method uses."""
+        lenders = {Checkpoint(run, run.recipe.epochs) for run in self.method.pretrained().values()}
+        return [*self.method.checkpoints(self.recipe.epochs), *lenders]
 
-    @property
-    def parents(self) -> list[Anchor]:
-        """Its teachers, and the checkpoint that it starts from."""
-        first = [(self.start, self.start.recipe.epochs)] if self.start else []
-        return [*first, *self.teachers]
+    @cached_property
+    def parents(self) -> list[Checkpoint]:
+        """The teachers, and the checkpoint that the run starts from."""
+        start = self.start
+        return [*([Checkpoint(start, start.recipe.epochs)] if start else []), *self.teachers]
 
     @property
     def epochs_before(self) -> int:
-        """Epochs of the runs that this one starts from: its order of images goes on from there."""
+        """Epochs of the runs that this one starts from. The order of images continues there."""
         return self.start.epochs_before + self.start.recipe.epochs if self.start else 0
 
     def __str__(self) -> str:
@@ -123,21 +296,3 @@ class Run:
         if at := getattr(self.method, "at", None):
             method += f" of epoch {at}"
         return f"{self.model} · {method} · seed {self.seed} · {self.id}"
-
-
-def describe(value):
-    """A frozen dataclass as plain JSON, defaults left out, so that a new field with a default
-    changes no id."""
-    if is_dataclass(value):
-        kind = type(value)
-        own = kind.__module__.startswith("kdlib.")
-        parts = {"kind": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"}
-        for f in fields(value):
-            content = getattr(value, f.name)
-            if f.compare and content != f.default:
-                parts[f.name] = describe(content)
-        return parts
-    if isinstance(value, tuple | list):
-        return [describe(part) for part in value]
-    # 1 and 1.0 are equal, and so are runs that differ in nothing else
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -3,5 +3,3 @@
 from kdlib.chains.calibration import Calibration, OnDistorted
 from kdlib.chains.found import FoundStudent, RandomStudent
 from kdlib.chains.greedy import GreedySearch
-
-__all__ = ["Calibration", "FoundStudent", "GreedySearch", "OnDistorted", "RandomStudent"]

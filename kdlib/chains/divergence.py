@@ -1,6 +1,9 @@
 """How far a student is from the checkpoints of its teacher."""
 
-import pandas as pd
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +11,11 @@ from kdlib import losses, store
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import validation
-from kdlib.errors import StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHUNK = 500
 
@@ -19,11 +24,16 @@ def divergence_from_route(trained: Trained, temperature: float = 5.0) -> pd.Data
     """H of RCO's Eq. 6: KL(teacher after epoch k ‖ student) for all k; columns epoch, kl.
 
     Over the validation fifth of the training images, both networks in eval mode, no augmentation.
+
+    Raises ValueError where teacher and student do not learn from the same images, StoreError where
+    weights or logits are missing.
     """
+    import pandas as pd  # `import kdlib` needs no pandas
+
     images = training_images(trained.run)
     index = validation(len(images)).to(images.device)
     student = logits_of(trained.model(), images, index).to(images.device).double()
-    teacher = record_of(teacher_of(trained.run))
+    teacher = store.require_record(teacher_of(trained.run))
     if teacher.run.images != trained.run.images:
         raise ValueError(f"{trained.run} and {teacher.run} do not learn from the same images.")
     rows = []
@@ -35,28 +45,24 @@ def divergence_from_route(trained: Trained, temperature: float = 5.0) -> pd.Data
 
 
 def teacher_of(run: Run) -> Run | None:
-    """The run that labels this one's last epoch."""
-    anchor = run.method.teacher_at(run.recipe.epochs - 1)
-    return anchor and anchor[0]
+    """The teacher of a run's last epoch; None without one."""
+    checkpoint = run.method.teacher_at(run.recipe.epochs - 1)
+    return checkpoint and checkpoint.run
 
 
 def last_model(run: Run) -> nn.Module:
-    return record_of(run).model()
-
-
-def record_of(run: Run) -> Trained:
-    if (found := store.find_record(run)) is None:
-        raise StoreError(f"There is no record of {run}: `train([run], weights=True)` makes it.")
-    return found
+    """The network of a run after its last epoch. Raises StoreError where it is missing."""
+    return store.require_record(run).model()
 
 
 def training_images(run: Run) -> Images:
-    return load_data(run.data, "train", pick_device()).first(run.images)
+    """The images that a run learns from, on the device that ``train`` would choose."""
+    return load_data(run.dataset, "train", pick_device()).first(run.images)
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Images, index: Tensor | None = None) -> Tensor:
-    """Float32 logits ``[n, classes]`` on the CPU, of the images themselves."""
+    """Float32 logits ``[n, classes]`` on the CPU, of the images without augmentation."""
     if index is None:
         index = torch.arange(len(images), device=images.device)
     model = model.to(images.device)

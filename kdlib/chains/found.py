@@ -1,35 +1,42 @@
-"""Students found inside their teacher: search, extract, train from scratch."""
+"""Students found inside their teacher: search, extract, train from random weights."""
+
+from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from kdlib.data import load_data
-from kdlib.engine.state import trained_networks
+from kdlib.engine.state import trained_modules
 from kdlib.errors import NothingFound
-from kdlib.methods import GateSearch
+from kdlib.methods.gates import GateSearch
 from kdlib.models import Staged, build_model, count_cost, load_weights
-from kdlib.models.architecture import Architecture, random_architecture
+from kdlib.models.architecture import MARK, Architecture, random_architecture
 from kdlib.models.channels import Channels
 from kdlib.models.pruned import prune
 from kdlib.runs import Run
 from kdlib.store import Trained, measure
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True)
 class FoundStudent:
-    """A chain of runs for ``train``: a search, then the network it found, from random weights.
+    """A chain of runs for ``train``: a search, then its network, from random weights.
 
     Attributes:
         search: a run of ``GateSearch``.
-        student: how to train what it finds; the model it names is replaced.
-        held: before the student, search again with the divergence held at this share of the largest
-            that ``search`` had after an epoch (ε of Eq. 5, from 0 to 1); 0 for not at all.
+        student: the training of the found network; its model is replaced.
+        held: ε of Eq. 5 as a share, from 0 to 1, of the largest divergence that ``search`` had
+            after an epoch. A second search holds the divergence at this value before the student
+            is trained. 0 for no second search.
 
-    Raises ValueError where ``search`` is none, or cannot be held so.
+    Raises ValueError where ``search`` is no search, or its target cannot be held.
     """
 
     search: Run
@@ -40,10 +47,12 @@ class FoundStudent:
         if not isinstance(self.search.method, GateSearch):
             raise ValueError(f"{self.search} is no search: give it GateSearch(teacher, budget=…).")
         if not 0 <= self.held <= 1 or (self.held and self.search.method.target != "soft"):
-            raise ValueError(f"A soft target is held at a share from 0 to 1: {self.held}.")
+            raise ValueError(
+                f"held={self.held}: only the soft target can be held, at a share from 0 to 1."
+            )
 
-    def following(self, trained: Trained | None) -> Run | None:
-        """The search; after it, where one is ``held``, that one; then the student; then None."""
+    def next_run(self, trained: Trained | None) -> Run | None:
+        """The search; then, with ``held``, the second search; then the student; then None."""
         if trained is None:
             return self.search
         if self.held and trained.run == self.search:
@@ -53,41 +62,32 @@ class FoundStudent:
         return None
 
     def choose(self, trained: Trained) -> Architecture:
-        """The student, given its search."""
+        """The student's architecture, given the trained search."""
         return architecture(trained)
 
     def held_search(self, trained: Trained) -> Run:
         """The second search, given the first."""
-        divergence = self.held * trained.log.train_kd.max()
+        divergence = self.held * max(row["train_kd"] for row in trained.rows)
         return replace(self.search, method=replace(self.search.method, held_at=divergence))
 
     def needs(self, run: Run) -> list[Run]:
-        """What must be in the store to say what follows ``run``."""
+        """The search: its gates decide the student."""
         return [run]
 
     def estimate(self) -> list[Run]:
-        """The runs of the chain, as long as their recipes say and the student as the teacher: what
-        it may cost at most."""
+        """The chain at most: all epochs of the recipes, and a student as large as the teacher.
+
+        The architecture is not known yet: its name holds the search's id in place of its own.
+        """
         again = [replace(self.search, method=replace(self.search.method, held_at=self.held))]
-        student = {f.name: getattr(self.student, f.name) for f in fields(Run)}
-        chain = f"{type(self).__name__} {self.search.id} {self.held}"
-        return [self.search, *(again if self.held else []), Foreseen(**student, of=chain)]
-
-
-@dataclass(frozen=True)
-class Foreseen(Run):
-    """Stands in, in forecasts, for a run whose network is not known yet, nor so its id.
-
-    Attributes:
-        of: tells it from others.
-    """
-
-    of: str = ""
+        unknown = f"{self.search.model}{MARK}{type(self).__name__}-{self.search.id}-{self.held}"
+        student = replace(self.student, model=unknown)
+        return [self.search, *(again if self.held else []), student]
 
 
 @dataclass(frozen=True)
 class RandomStudent(FoundStudent):
-    """The control of ``FoundStudent``: a random part of the teacher that costs what was found."""
+    """The control of ``FoundStudent``: a random part of the teacher with the same cost."""
 
     def choose(self, trained):
         _check_end(trained)
@@ -96,18 +96,18 @@ class RandomStudent(FoundStudent):
 
 
 def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
-    """What a search found. Kept beside its record, so that a record alone tells it.
+    """The architecture that a search found; a measurement keeps it beside the search's record.
 
     Args:
-        epoch: what was open after this one of its epochs; None for the end.
+        epoch: of the search: the channels that were open after it; None for the end.
 
     Raises NothingFound where the search ended above its budget, or nothing is left of the network;
-    ValueError for an epoch that it did not have.
+    ValueError for an epoch that the search did not have.
     """
     if epoch is None:
         _check_end(trained)
     elif trained.epochs < epoch < trained.run.recipe.epochs:
-        raise ValueError(f"{trained.run} ended in epoch {trained.epochs}: there is no {epoch}.")
+        raise ValueError(f"{trained.run} ended in epoch {trained.epochs}, before epoch {epoch}.")
     table = measure(trained, kept_channels, epoch=epoch)
     return Architecture(trained.run.model, tuple(zip(table.layer, table.kept, strict=True)))
 
@@ -117,49 +117,54 @@ def _check_end(trained: Trained) -> None:
     if share > budget:
         raise NothingFound(
             f"{trained.run} ended at {share:.1%} of the teacher's multiply-accumulates, above its "
-            f"budget of {budget:.1%}: give it more epochs or a larger strength."
+            f"budget of {budget:.1%}. Give it more epochs or a larger strength."
         )
     if share == 0:
         raise NothingFound(
-            f"{trained.run} closed all gates of a layer that all others depend on: nothing is "
-            f"left. Give it a smaller strength."
+            f"{trained.run} closed all gates of a layer that all later layers depend on: nothing "
+            f"is left of the network. Give it a smaller strength."
         )
 
 
 def kept_channels(trained: Trained, epoch: int | None) -> pd.DataFrame:
-    """By every gated layer its inputs in order, 1 for a channel that stays: columns layer, kept.
+    """The kept input channels of every gated layer: columns layer, kept (a list of 0 and 1).
 
     Args:
-        epoch: after this one of the search; None for its last.
+        epoch: of the search; None for its last.
     """
-    gates = _networks(trained, epoch)["gates"]
+    import pandas as pd  # `import kdlib` needs no pandas
+
+    gates = _modules(trained, epoch)["gates"]
     found = Architecture.of(trained.run.model, gates.channels, gates.kept())
     return pd.DataFrame(found.kept, columns=["layer", "kept"])
 
 
 def extract(trained: Trained) -> Staged:
-    """The network that a search found with the weights it had there, gates multiplied into them.
+    """The network that a search found, with its weights from the search, multiplied by the gates.
 
-    In eval mode and frozen; its logits are those of the gated network. Needs the search's weights.
+    In eval mode and frozen; its logits equal those of the gated network. Raises StoreError without
+    the search's weights.
     """
-    networks = _networks(trained)
-    student, gates = networks["student"], networks["gates"]
-    whole = copy.deepcopy(student)
-    load_weights(whole, whole.state_dict() | gates(student))
-    found = prune(whole, gates.channels, gates.kept())
+    modules = _modules(trained)
+    student, gates = modules["student"], modules["gates"]
+    merged = copy.deepcopy(student)
+    load_weights(merged, merged.state_dict() | gates(student))
+    found = prune(merged, gates.channels, gates.kept())
     return found.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def extraction(trained: Trained) -> pd.DataFrame:
-    """``extract`` against the gated network, on the test set.
+    """The result of ``extract`` compared with the gated network, on the test set.
 
-    Columns: macs, as counted of the extracted network; test_top1 in %; difference, the largest of
-    any logit, and logit, the largest of the gated network's.
+    Columns: macs, counted on the extracted network; test_top1 in %; difference, the largest
+    absolute difference of a logit; logit, the largest absolute logit of the gated network.
     """
-    networks, found = _networks(trained), extract(trained)
-    student, gates = networks["student"], networks["gates"]
-    images, scaled = load_data(trained.run.data, "test"), gates(student)
+    import pandas as pd  # `import kdlib` needs no pandas
+
+    modules, found = _modules(trained), extract(trained)
+    student, gates = modules["student"], modules["gates"]
+    images, scaled = load_data(trained.run.dataset, "test"), gates(student)
     hits, difference, largest = 0, 0.0, 0.0
     for index in torch.arange(len(images)).split(500):
         x = images.batch(index)
@@ -176,15 +181,15 @@ def extraction(trained: Trained) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
-def _networks(trained: Trained, epoch: int | None = None):
+def _modules(trained: Trained, epoch: int | None = None) -> nn.ModuleDict:
     run = trained.run
     epoch = run.recipe.epochs if epoch is None else epoch
-    images = load_data(run.data).first(run.images)
-    return trained_networks(run, epoch, images, trained.summary["weights"].get(str(epoch)))
+    images = load_data(run.dataset).first(run.images)
+    return trained_modules(run, epoch, images, trained.summary["weights"].get(str(epoch)))
 
 
 def channels_of(run: Run) -> Channels:
     """Which layer reads which channels in a run's network, and what that costs."""
-    images = load_data(run.data, "test")
+    images = load_data(run.dataset, "test")
     network = build_model(run.model, images.classes, images.channels, seed=0)
     return Channels(network, images.size)

@@ -1,7 +1,5 @@
-"""The training engine: plans, label banks, lanes."""
+"""The training engine: plans, cached logits of teachers, trainers."""
 
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.plan import plan
 from kdlib.engine.train import train
-
-__all__ = ["LogitCache", "plan", "train"]

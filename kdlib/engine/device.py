@@ -1,4 +1,4 @@
-"""Which device, which precision."""
+"""The device of a training, its precision, and whether its networks are compiled."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,15 @@ import resource
 
 import torch
 
-# Compute capability from which torch's compiler has a backend.
+# The lowest compute capability that torch's compiler supports.
 COMPILES = (8, 0)
-# A layer takes about half a second to compile and then saves some 10 µs a step.
+# Steps of a run from which compiling pays: a layer takes about half a second to compile, and then
+# saves some 10 µs in each step.
 COMPILED_STEPS = 50_000
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; for None a GPU if there is one, else the CPU."""
+    """The device of this name; for None a GPU if there is one, else the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -25,17 +26,19 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def prepare(device: torch.device) -> None:
-    """Set what makes training fast in this process.
+    """Choose the fast settings of torch and of the C library for this process.
 
-    On a GPU libraries try their kernels and take the fastest, not the same ones in every run.
-    ``$KDLIB_DETERMINISTIC`` = 1 has them take the same ones always, so that two runs agree in every
-    bit on one machine, as they do on a CPU with as many threads.
+    On a GPU, libraries time their kernels and take the fastest, not the same in every run. With
+    ``$KDLIB_DETERMINISTIC`` = 1 they always take the same kernels. Then two runs on one machine
+    agree in every bit, as they do on a CPU with the same number of threads.
+
+    Raises ValueError for another value of ``$KDLIB_DETERMINISTIC``.
     """
     torch.set_flush_denormal(True)
     keep_large_blocks()
     wish = os.environ.get("KDLIB_DETERMINISTIC") or "0"
     if wish not in ("0", "1"):
-        raise ValueError(f"KDLIB_DETERMINISTIC={wish}: it takes 0 or 1.")
+        raise ValueError(f"KDLIB_DETERMINISTIC={wish} is not valid: set it to 0 or 1.")
     exact = device.type == "cuda" and wish == "1"
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
@@ -43,22 +46,24 @@ def prepare(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if worth_compiling(device, COMPILED_STEPS):
-        # One function is compiled for many networks; beyond the limit torch gives up.
+        # One function is compiled for many networks. Beyond the limit torch stops compiling.
         torch._dynamo.config.recompile_limit = 1024
         torch._dynamo.config.accumulated_recompile_limit = 4096
         torch._inductor.config.deterministic = exact
 
 
 def worth_compiling(device: torch.device, steps: int) -> bool:
-    """Whether a run of so many steps, first to last, gains more than compiling costs.
+    """Whether compiling saves a run of so many steps more time than it costs.
 
-    Only on a GPU; on a CPU compiling takes minutes and gains a tenth. Of the run alone, never of
-    what else is trained: compiled arithmetic rounds elsewhere, and a run has one result.
-    ``$KDLIB_COMPILE`` = never or always overrules it, the latter on a CPU too.
+    Only on a GPU: on a CPU compiling takes minutes and saves a tenth. The answer depends on the run
+    alone, never on other runs beside it: compiled arithmetic rounds differently, and a run has one
+    result. ``$KDLIB_COMPILE`` = never or always overrides the answer, on a CPU too.
+
+    Raises ValueError for another value of ``$KDLIB_COMPILE``.
     """
     wish = os.environ.get("KDLIB_COMPILE", "auto")
     if wish not in ("auto", "never", "always"):
-        raise ValueError(f"KDLIB_COMPILE={wish}: it takes auto, never or always.")
+        raise ValueError(f"KDLIB_COMPILE={wish} is not valid: set it to auto, never or always.")
     if wish != "auto":
         return wish == "always"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < COMPILES:
@@ -67,9 +72,10 @@ def worth_compiling(device: torch.device, steps: int) -> bool:
 
 
 def keep_large_blocks(limit: int = 1 << 30) -> None:
-    """Let glibc keep freed blocks of so many bytes instead of mapping each large activation anew.
+    """Let glibc keep freed blocks of up to ``limit`` bytes, and not map each activation again.
 
-    On a CPU this takes a third to a half off a large teacher's sweep. Elsewhere nothing.
+    On a CPU this shortens the pass of a large teacher by a third to a half. Without glibc it does
+    nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -88,7 +94,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
 def environment(
     device: torch.device, dtype: torch.dtype, compiled: bool = False
 ) -> dict[str, str | int | bool]:
-    """What a record says of the machine: versions, device, threads, precision, peak memory."""
+    """The machine for a record: versions, device, threads, precision, peak memory in MiB."""
     gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if gpu else _peak_resident_bytes()
     return {

@@ -1,87 +1,136 @@
-"""What of some runs is left to train, by the store and the committed records."""
+"""The graph of runs: students after their teachers, and the part of it that is left to train."""
 
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
 
 from kdlib import store
 from kdlib.errors import StoreError
-from kdlib.methods.distill import Anchor
-from kdlib.runs import Run
-from kdlib.store import Trained
+from kdlib.runs import Checkpoint, Run
 
 
-def merge(runs: Iterable[Run]) -> list[Run]:
-    """Each run once, keeping the checkpoints that any of its mentions asks for."""
-    merged: dict[str, Run] = {}
-    for run in runs:
-        known = merged.get(run.id, run)
-        merged[run.id] = replace(run, keep=(*known.keep, *run.keep), route=known.route or run.route)
-    return list(merged.values())
+def ancestry(runs: Iterable[Run]) -> list[Run]:
+    """These runs and all that they learn or start from, each once, parents first.
 
-
-def parents_of(mentions: list[Run]) -> list[Run]:
-    """The runs that these learn or start from, asked to keep what is needed of them.
-
-    Of those that are to be trained theirs, too: what one teacher has to keep for a whole chain of
-    runs is so known before it is trained.
+    Each run keeps the checkpoints and the logits that any mention of it asks for, and the
+    checkpoints that its children need.
     """
-    parents = []
-    for run in mentions:
-        for parent, epochs in _by_run(run.parents).items():
-            parents.append(replace(parent, keep=(*parent.keep, *epochs)))
-    ids = {parent.id for parent in parents}
-    parents += [run for run in mentions if run.id in ids]
-    missing = {run.id for run in incomplete(merge(parents), weights=True)}
-    return parents + (parents_of([p for p in parents if p.id in missing]) if missing else [])
+    graph = _walk(runs)
+    return [graph[name].merged for name in _order(graph)]
 
 
-def _by_run(checkpoints: Iterable[Anchor]) -> dict[Run, set[int]]:
-    epochs = defaultdict(set)
+def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception]) -> list[Run]:
+    """The runs to train next for ``runs``: they are incomplete, and all their parents complete.
+
+    Args:
+        weights: as for ``train``; of the parents of an incomplete run weights are always needed.
+        failures: errors of runs that cannot be trained, by id; their children are added.
+    """
+    runs, missing = list(runs), set()
+    while True:
+        graph, known = _walk(runs, missing.__contains__), {}
+        found = {
+            name
+            for name, node in graph.items()
+            if not _complete(node.merged, weights or bool(node.children & missing), known)
+        }
+        if found <= missing:
+            break
+        missing |= found
+    missing = found
+    for name in _order(graph):
+        failed = [p for p in graph[name].parents if p in failures and name in missing]
+        if failed:
+            failures.setdefault(name, failures[failed[0]])
+    missing -= failures.keys()
+    return [n.merged for name, n in graph.items() if name in missing and not n.parents & missing]
+
+
+@dataclass
+class _Node:
+    """A run of the graph: one mention of it, its edges, and the wishes of all mentions."""
+
+    run: Run
+    keep: set[int] = field(default_factory=set)
+    save_logits: bool = False
+    parents: set[str] = field(default_factory=set)
+    children: set[str] = field(default_factory=set)
+
+    @property
+    def merged(self) -> Run:
+        return replace(self.run, keep=tuple(self.keep), save_logits=self.save_logits)
+
+
+def _walk(
+    runs: Iterable[Run], descends: Callable[[str], bool] = lambda name: True
+) -> dict[str, _Node]:
+    """The graph of these runs by id, with the parents of those where ``descends`` holds.
+
+    Mentions of one run may wish for different checkpoints, of its teachers too: all count.
+    """
+    graph: dict[str, _Node] = {}
+    visited: set[int] = set()
+    pending = list(runs)[::-1]
+    while pending:
+        run = pending.pop()
+        node = graph.setdefault(run.id, _Node(run))
+        node.keep.update(run.keep)
+        node.save_logits |= run.save_logits
+        if id(run) in visited or not descends(run.id):
+            continue
+        visited.add(id(run))
+        for parent, epochs in by_run(run.parents).items():
+            node.parents.add(parent.id)
+            above = graph.setdefault(parent.id, _Node(parent))
+            above.children.add(run.id)
+            above.keep.update(epochs)
+            pending.append(parent)
+    return graph
+
+
+def _order(graph: Mapping[str, _Node]) -> list[str]:
+    return [*TopologicalSorter({name: node.parents for name, node in graph.items()}).static_order()]
+
+
+def by_run(checkpoints: Iterable[Checkpoint]) -> dict[Run, set[int]]:
+    """The epochs of checkpoints by their run."""
+    epochs: dict[Run, set[int]] = {}
     for run, epoch in checkpoints:
-        epochs[run].add(epoch)
+        epochs.setdefault(run, set()).add(epoch)
     return epochs
 
 
-def incomplete(runs: Iterable[Run], weights: bool) -> list[Run]:
-    """Those of the runs that something is left to do of; with ``weights`` a record will not do."""
-    known: dict[tuple, bool] = {}
-    return [run for run in runs if not _complete(run, weights, known)]
+def is_complete(run: Run, weights: bool) -> bool:
+    """Whether nothing is left to do for a run.
+
+    There is a record, and the teachers have the weights that it names. A record alone is enough
+    where weights are not needed, as in a clone without a store. Where the store has the run, all
+    checkpoints that it is asked to keep must be there.
+    """
+    return _complete(run, weights, {})
 
 
 def _complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
-    """Whether nothing is left to do: there is a record, and the teachers did not move since.
-
-    A record alone will do where weights are not needed, as in a clone without a store. Where the
-    store has the run, all checkpoints that it is asked to keep must be there. ``known`` remembers
-    the answers of one pass, since many students have one teacher.
-    """
-    key = (run.id, run.keep, run.route, weights)
+    """``known`` holds the answers of one pass, since many students have one teacher."""
+    key = (run.id, run.keep, run.save_logits, weights)
     if key not in known:
         known[key] = _is_complete(run, weights, known)
     return known[key]
-
-
-def _is_kept(run: Run, trained: Trained) -> bool:
-    """Whether the store has all that the run is asked to keep."""
-    if not store.holds_weights(trained, {*run.keep, run.recipe.epochs}):
-        return False
-    return not run.route or store.holds_logits(trained)
 
 
 def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     trained = store.find_record(run)
     if trained is None:
         return False
-    if (weights or store.kept_epochs(run)) and not _is_kept(run, trained):
+    if (weights or trained.in_store) and not _is_kept(run, trained):
         return False
-    for teacher, epochs in _by_run(run.parents).items():
+    for teacher, epochs in by_run(run.parents).items():
         if (record := store.find_record(teacher)) is None:
             continue
-        now, before = record.summary["weights"], trained.summary["teachers"]
         if not _complete(teacher, False, known):
             return False
+        now, before = record.summary["weights"], trained.summary["teachers"]
         if any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs):
             warnings.warn(
                 f"{run} learned from other weights of its teacher {teacher}; it is trained again.",
@@ -91,13 +140,23 @@ def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     return True
 
 
-def refuse_to_go_round(run: Run) -> None:
-    """Raise StoreError where a run that was just trained could only be trained again, and again."""
-    lost = incomplete(merge(parents_of([run])), weights=True)
-    if not _is_kept(run, store.find_record(run)):
+def _is_kept(run: Run, trained: store.Trained) -> bool:
+    """Whether the store has all that the run is asked to keep."""
+    if not store.holds_weights(trained, {*run.keep, run.recipe.epochs}):
+        return False
+    return not run.save_logits or store.holds_logits(trained)
+
+
+def refuse_repetition(run: Run) -> None:
+    """Raise StoreError where a run that was just trained would only be trained again and again."""
+    parents = by_run(run.parents).items()
+    needed = [replace(parent, keep=(*parent.keep, *epochs)) for parent, epochs in parents]
+    lost = [parent for parent in needed if not is_complete(parent, weights=True)]
+    trained = store.find_record(run)
+    if trained is None or not _is_kept(run, trained):
         lost.append(run)
     if lost:
         raise StoreError(
-            f"{lost[0]} was trained, but what it is to keep is not in {store.folder(lost[0])}: "
-            f"somebody removed it, or kdlib is at fault. Calling again makes it anew."
+            f"{lost[0]} was trained, but its checkpoints are not all in {store.folder(lost[0])}: "
+            f"something removed them, or kdlib has a defect. Call again to train it again."
         )

@@ -1,4 +1,4 @@
-"""An epoch's order and views, as a pure function of seed and epoch."""
+"""The order and the views of an epoch's images, as a pure function of seed and epoch."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed from its parts; unlike a sum, no two combinations share one by design."""
+    """A 63-bit seed from its parts; unlike sums, different parts give different seeds."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
@@ -15,7 +15,7 @@ def mix(*parts: int | str) -> int:
 def plan(seed: int, epoch: int, n: int, views: int) -> tuple[Tensor, Tensor]:
     """Every image once, in random order, each in a random view: two int64 ``[n]`` on the CPU.
 
-    ``epoch`` counts from 0. Resuming needs no random state, and every device sees one stream.
+    ``epoch`` counts from 0. Resuming needs no random state, and every device uses the same plan.
     """
     generator = torch.Generator().manual_seed(mix("plan", seed, epoch))
     order = torch.randperm(n, generator=generator)
@@ -25,8 +25,8 @@ def plan(seed: int, epoch: int, n: int, views: int) -> tuple[Tensor, Tensor]:
 def epoch_batches(seed: int, epoch: int, n: int, views: int, batch: int) -> tuple[Tensor, Tensor]:
     """Image indices and views of an epoch's steps, each ``[steps, batch]``.
 
-    Batches run across epoch borders: the images that did not fill a batch come first in the next
-    epoch. Every batch has one shape, and E epochs have floor(E·n / batch) steps, as RCO counts.
+    The images that do not fill a batch come first in the next epoch. So every batch has one shape,
+    and E epochs have floor(E·n / batch) steps, as RCO counts.
 
     Raises ValueError where a batch is larger than the data set.
     """
@@ -37,14 +37,8 @@ def epoch_batches(seed: int, epoch: int, n: int, views: int, batch: int) -> tupl
         previous_order, previous_view = plan(seed, epoch - 1, n, views)
         order = torch.cat([previous_order[-left_over:], order])
         view = torch.cat([previous_view[-left_over:], view])
-    whole = len(order) // batch * batch
-    return order[:whole].view(-1, batch), view[:whole].view(-1, batch)
-
-
-def noise(seed: int, epoch: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform in (0, 1), for the steps of an epoch: drawn beforehand, as orders and views are."""
-    generator = torch.Generator().manual_seed(mix("uniform", seed, epoch))
-    return torch.rand(shape, generator=generator).clamp_(2**-24, 1 - 2**-24)
+    end = len(order) // batch * batch
+    return order[:end].view(-1, batch), view[:end].view(-1, batch)
 
 
 def validation(n: int) -> Tensor:

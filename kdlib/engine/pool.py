@@ -1,6 +1,5 @@
-"""TrainerPool: students that train side by side, as many as a device has memory and time for."""
+"""TrainerPool: students that train in parallel, as many as a device has memory and time for."""
 
-import math
 import os
 import time
 import warnings
@@ -13,108 +12,34 @@ from filelock import Timeout
 
 from kdlib import store
 from kdlib.data import load_data
-from kdlib.engine.graph import incomplete, refuse_to_go_round
-from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.cache_pool import CachePool
+from kdlib.engine.graph import is_complete, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
 from kdlib.errors import NotFinite
 from kdlib.runs import Run
 
-# What errors say that tell of memory, besides torch.OutOfMemoryError.
+# Students in parallel. One keeps a CPU busy; a step of one small network leaves most of a GPU idle.
+PARALLEL = {"cpu": 1, "cuda": 16}
+# Words in errors that report a lack of memory, besides torch.OutOfMemoryError.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
-# Free memory that lanes may take: libraries and the driver want some as well.
-LENT = 0.9
 
 
-def asked_parallel(lanes: int | None) -> int | None:
-    """How many lanes are asked for, by an argument or by ``$KDLIB_PARALLEL``; None leaves it open.
+def asked_parallel(parallel: int | None, device: torch.device) -> int:
+    """Students in parallel: by the argument, else by ``$KDLIB_PARALLEL``, else by the device.
 
     Raises ValueError for less than one.
     """
-    asked = (os.environ.get("KDLIB_PARALLEL") or None) if lanes is None else lanes
-    if asked is not None and not (str(asked).isdecimal() and int(asked)):
-        raise ValueError(f"{asked} lanes: it takes a whole number from 1 (KDLIB_PARALLEL).")
-    return None if asked is None else int(asked)
-
-
-class Width:
-    """How many lanes run side by side, of runs of one data set.
-
-    On a CPU one, since it keeps the CPU busy. A step of one small network leaves most of a GPU
-    idle: there the lanes are doubled while memory lasts and all of them together get faster.
-
-    Args:
-        asked: a number for every device; for None what is said above.
-
-    Attributes:
-        now: lanes that may run.
-    """
-
-    FIRST, MOST = 4, 64
-    # Each epoch takes longer beside more lanes: they have to bring at least so much.
-    GAIN = 1.15
-
-    def __init__(self, device: torch.device, asked: int | None):
-        self.device = device
-        self.growing = asked is None and device.type == "cuda"
-        self.most = asked or (self.MOST if self.growing else 1)
-        self.now = self.before = min(self.FIRST, self.most) if self.growing else self.most
-        # Seconds of an epoch by run, at this width and at the one before.
-        self.seconds: dict[str, float] = {}
-        self.seconds_before: dict[str, float] = {}
-        self.lane_bytes = math.inf  # of the smallest
-        self.measure()
-
-    def measure(self) -> None:
-        """Measure from here on: the lanes are not those of before."""
-        self.seconds, self.since = {}, time.perf_counter()
-
-    def opened(self, taken: int) -> None:
-        """Tell that a lane was opened, and the bytes it took."""
-        if taken > 0:
-            self.lane_bytes = min(self.lane_bytes, taken)
-        self.measure()
-
-    def limit(self, lanes: int) -> None:
-        """Memory lasts for so many, and that will not change."""
-        self.now, self.growing = min(self.now, lanes), False
-
-    def epoch_over(self, run: str, started: float, lanes: int) -> None:
-        """Tell that one of so many lanes ended an epoch; when each has, decide."""
-        if not self.growing or started < self.since:
-            return
-        self.seconds[run] = time.perf_counter() - started
-        if lanes < self.now or len(self.seconds) < lanes:
-            return
-        gain = self._gain()
-        if gain < self.GAIN:
-            self.growing, self.now = False, self.now if gain > 1 else self.before
-            return
-        room = int(LENT * _free_memory(self.device) // self.lane_bytes)
-        self.before, self.seconds_before = self.now, self.seconds
-        self.now = min(2 * self.now, self.now + room, self.most)
-        self.growing = self.now > self.before
-
-    def _gain(self) -> float:
-        """Speed of all lanes over what it was before, by those that were there before as well.
-
-        By these, since the others may be of larger or smaller networks.
-        """
-        if not self.seconds_before:
-            return math.inf
-        slower = [
-            now / self.seconds_before[r]
-            for r, now in self.seconds.items()
-            if r in self.seconds_before
-        ]
-        return self.now / self.before / (sum(slower) / len(slower)) if slower else 0.0
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses; what torch only keeps in reserve is given back for it."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    asked = parallel if parallel is not None else os.environ.get("KDLIB_PARALLEL")
+    if asked in (None, ""):
+        return PARALLEL[device.type]
+    if not (str(asked).isdecimal() and int(asked)):
+        raise ValueError(
+            f"{asked} students in parallel: give a whole number of at least 1 "
+            f"(argument parallel, or KDLIB_PARALLEL)."
+        )
+    return int(asked)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -124,37 +49,28 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 class TrainerPool:
-    """Trains those of some runs, all of one data set, that no other process is training.
-
-    The lanes' steps take turns. Where a run is done, the next one takes its place at once.
+    """Trains runs of one data set. The steps of the trainers take turns.
 
     Args:
-        weights: train also runs of which only a record is there.
+        parallel: the largest number of students that train at a time; it falls if memory runs out.
     """
 
-    def __init__(
-        self,
-        runs: list[Run],
-        device: torch.device,
-        width: Width,
-        banks: CachePool,
-        progress: Progress,
-        weights: bool,
-    ):
-        self.waiting, self.device, self.width = deque(runs), device, width
-        self.banks, self.progress, self.weights = banks, progress, weights
+    def __init__(self, device: torch.device, parallel: int, caches: CachePool, progress: Progress):
+        self.device, self.parallel = device, parallel
+        self.caches, self.progress = caches, progress
+        self.waiting: deque[Run] = deque()
         self.active: list[Trainer] = []
         self.locks: dict[str, ExitStack] = {}
         self.failures: dict[str, NotFinite] = {}
 
-    def train(self) -> dict[str, NotFinite]:
-        """Train until none is left; where others train all of them, wait a little.
+    def train(self, runs: list[Run]) -> dict[str, NotFinite]:
+        """Train the runs that no other process is training; wait a little if others train all.
 
         Nothing waits while it holds a lock, so that processes cannot block each other. Out of
-        memory, fewer lanes go on: in a step that left all of them undone, those that are taken up
-        again do so from their last saved epoch. Returns by id why a run stopped whose loss left
-        the finite numbers.
+        memory, fewer students continue. If a step was lost, the runs continue later from their
+        last saved epoch. Returns by id the error of each run whose loss was not finite.
         """
+        self.waiting.extend(runs)
         idle, too_many = True, 0
         try:
             while self._fill():
@@ -166,36 +82,39 @@ class TrainerPool:
                 raise
         finally:
             self._stop()
-        if too_many:  # out of the except block, whose traceback keeps the lanes alive
-            self.banks.clear()
+        if too_many:  # outside of the except block, whose traceback keeps the trainers alive
+            self.caches.clear()
             self._shrink(too_many, too_many // 2)
         if idle:
             time.sleep(0.2)
         return self.failures
 
     def _fill(self) -> bool:
-        """Put waiting runs on free lanes; whether any is in training."""
-        while len(self.active) < self.width.now and (run := self._claim()):
+        """Begin waiting runs while there is room; whether any run is in training."""
+        while len(self.active) < self.parallel and (run := self._claim()):
             try:
                 self._open(run)
                 continue
             except RuntimeError as error:
                 if not (self.active and _out_of_memory(error)):
                     raise
-                self._wait()  # its first steps may still run
+                self._wait()  # the first steps may still run
             self._release(run)
             self.waiting.appendleft(run)
             self._shrink(len(self.active) + 1, len(self.active))
         return bool(self.active)
 
-    def _shrink(self, lanes: int, fewer: int) -> None:
-        warnings.warn(f"Out of memory with {lanes} lanes: {fewer} from now.", stacklevel=2)
-        self.width.limit(fewer)
+    def _shrink(self, students: int, fewer: int) -> None:
+        warnings.warn(
+            f"Out of memory with {students} students in parallel: {fewer} from now on.",
+            stacklevel=2,
+        )
+        self.parallel = fewer
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _claim(self) -> Run | None:
-        """The next run that is still missing and that nobody else trains; its lock is held."""
+        """The next run that is incomplete and that no other process trains; its lock is held."""
         while self.waiting:
             run, lock = self.waiting.popleft(), ExitStack()
             try:
@@ -203,81 +122,86 @@ class TrainerPool:
             except Timeout:
                 continue
             self.locks[run.id] = lock
-            if incomplete([run], self.weights):  # it may have been finished before the lock was had
-                if store.find_record(run):
-                    warnings.warn(
-                        f"{run} is trained again: its teacher moved, or weights or logits are "
-                        f"asked for that are not there.",
-                        stacklevel=2,
-                    )
-                # A route that is trained again keeps what it kept: others label with it.
-                kept = (*run.keep, *store.kept_epochs(run))
-                return replace(run, keep=kept, route=run.route or store.kept_logits(run))
+            # another process may have finished it before the lock was free
+            if not is_complete(run, weights=True):
+                return self._keeping_all(run)
             self._release(run)
         return None
+
+    def _keeping_all(self, run: Run) -> Run:
+        """The run, asked to keep also what its record in the store keeps, since others use it."""
+        if not (found := store.find_record(run)):
+            return run
+        warnings.warn(
+            f"{run} is trained again: the weights of its teacher changed, or weights or logits "
+            f"are needed that are not in the store.",
+            stacklevel=2,
+        )
+        if not found.in_store:
+            return run
+        keep = (*run.keep, *map(int, found.summary["weights"]))
+        return replace(run, keep=keep, save_logits=run.save_logits or "logits" in found.summary)
 
     def _release(self, run: Run) -> None:
         self.locks.pop(run.id).close()
 
     def _open(self, run: Run) -> None:
-        """Begin a run, on a lane of its own."""
+        """Begin a run with a trainer of its own."""
         if not self.active:
-            self.images = load_data(run.data, "train", self.device).first(run.images)
-            self.test = load_data(run.data, "test", self.device)
-        runs = [run, *(lane.run for lane in self.active)]
-        self.banks.serve(len(runs), {store.saved_fingerprint(*a) for a in teacher_passes(runs)})
-        free = _free_memory(self.device) if self.width.growing else 0
-        lane = Trainer(run, self.images, self.test, self.banks)
-        lane.begin_epoch()
-        self.width.opened(free - _free_memory(self.device) if self.width.growing else 0)
-        self.progress.begin(run, lane.epoch)
-        self.active.append(lane)
+            self.images = load_data(run.dataset, "train", self.device).first(run.images)
+            self.test = load_data(run.dataset, "test", self.device)
+        runs = [run, *(trainer.run for trainer in self.active)]
+        self.caches.serve(len(runs), {store.saved_fingerprint(*c) for c in teacher_passes(runs)})
+        trainer = Trainer(run, self.images, self.test, self.caches)
+        trainer.begin_epoch()
+        self.progress.begin(run, trainer.epoch)
+        self.active.append(trainer)
 
     def _step(self) -> None:
-        """A step of every lane, and the end of the epochs whose last it was."""
-        for lane in self.active:  # all are under way before the host waits for any
-            lane.advance()
-        for lane in self.active:
-            lane.look_ahead()
-        for lane in self.active:
-            lane.look()
-        for lane in [lane for lane in self.active if lane.taken == lane.steps]:
-            self._end_epoch(lane)
+        """One step of every trainer, and the end of the epochs whose last step it was."""
+        for trainer in self.active:  # all are launched before the host waits for any
+            trainer.advance()
+        for trainer in self.active:
+            trainer.look_ahead()
+        for trainer in self.active:
+            trainer.check_stop()
+        for trainer in [t for t in self.active if t.taken == t.steps]:
+            self._end_epoch(trainer)
 
-    def _end_epoch(self, lane: Trainer) -> None:
+    def _end_epoch(self, trainer: Trainer) -> None:
         try:
-            row = lane.end_epoch()
+            row = trainer.end_epoch()
         except NotFinite as error:
-            # without the frames, which would keep the lane alive
-            self.failures[lane.run.id] = error.with_traceback(None)
-            self._leave(lane)
+            # without its frames, which would keep the trainer alive
+            self.failures[trainer.run.id] = error.with_traceback(None)
+            self._close(trainer)
             return
-        self.progress.epoch(lane.run, row, lane.taken * lane.run.recipe.batch, lane.finished)
-        self.width.epoch_over(lane.run.id, lane.started, len(self.active))
-        if not lane.finished:
-            lane.begin_epoch()
+        images = trainer.taken * trainer.run.recipe.batch
+        self.progress.epoch(trainer.run, row, images, trainer.finished)
+        if not trainer.finished:
+            trainer.begin_epoch()
             return
-        lane.close()
-        self.progress.skip(lane.run.recipe.epochs - lane.epoch)
-        refuse_to_go_round(lane.run)
-        self._leave(lane)
+        trainer.close()
+        self.progress.skip(trainer.run.recipe.epochs - trainer.epoch)
+        refuse_repetition(trainer.run)
+        self._close(trainer)
 
-    def _leave(self, lane: Trainer) -> None:
-        self.active.remove(lane)
-        self._release(lane.run)
-        self.width.measure()
+    def _close(self, trainer: Trainer) -> None:
+        self.active.remove(trainer)
+        self._release(trainer.run)
 
     def _wait(self) -> None:
-        """A graph must not write to memory that was handed on."""
+        """A graph must not write to memory that is in use for something else."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _stop(self) -> None:
-        """However it ended, nothing is held any longer."""
+        """Release all locks, in whatever way the training ended."""
         try:
             self._wait()
         finally:
             self.active.clear()
+            self.waiting.clear()
             for lock in self.locks.values():
                 lock.close()
             self.locks.clear()

@@ -1,97 +1,83 @@
-"""Progress: a bar for people, plain lines for logs."""
+"""Progress of training: a bar for people, plain lines for logs."""
 
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
-from tqdm import TqdmWarning
+from tqdm import TqdmWarning, tqdm
+
+clock = tqdm.format_interval
 
 
 class Progress:
-    """Counts epochs of several runs; tells the speed of each lane and the time left.
+    """Counts the epochs of several runs, and shows the speed and the remaining time.
 
-    It is told once an epoch, when that epoch's numbers come off the device. A bar in a terminal or
-    a notebook; otherwise one plain line per finished run. Where ``$KDLIB_LOG`` names a file, one
-    plain line per epoch goes there in every case. ``$KDLIB_PROGRESS`` = bar, lines or quiet
-    overrules the choice.
+    A bar in a terminal or a notebook, else one line for each finished run. ``$KDLIB_PROGRESS`` =
+    bar, lines or quiet overrides this choice. Where ``$KDLIB_LOG`` names a file, one line for each
+    epoch is appended to it as well.
     """
 
     def __init__(self, epochs: int):
-        self.epochs, self.done, self.started = epochs, 0, time.monotonic()
-        self.reached: dict[str, int] = {}  # epochs of each run that are not to come
-        self.style = os.environ.get("KDLIB_PROGRESS") or _style()
-        self.bar = _bar(epochs) if self.style == "bar" and epochs else None
+        self.style = os.environ.get("KDLIB_PROGRESS") or _default_style()
+        self.bar = _bar(epochs, disable=self.style != "bar" or not epochs)
+        self.started = time.monotonic()
+        self.reached: dict[str, int] = {}  # epochs of each run that are done
         self.log = Path(os.environ["KDLIB_LOG"]) if os.environ.get("KDLIB_LOG") else None
 
     def begin(self, run, epoch: int) -> None:
-        """Tell that a run goes on after so many epochs, saved before or here."""
-        lost = self.reached.get(run.id, 0) - epoch
-        if run.id in self.reached:
-            self.done -= lost
+        """Note that a run continues after ``epoch`` epochs."""
+        if run.id in self.reached:  # some of its epochs were lost
+            self.bar.n -= self.reached[run.id] - epoch
         else:
-            self.epochs += lost
+            self.bar.total -= epoch
         self.reached[run.id] = epoch
-        self._renew()
+        self.bar.refresh()
 
     def epoch(self, run, row: dict, images: int, last: bool) -> None:
-        """Tell that an epoch ended: its row of the log, the images it trained on, whether it is
-        the run's last."""
-        self.done += 1
+        """Note the end of an epoch.
+
+        Args:
+            row: of the log.
+            images: number of images that the epoch trained on.
+            last: whether it is the run's last.
+        """
+        self.bar.n += 1
         self.reached[run.id] = row["epoch"]
         seconds, ahead = row["seconds"], run.recipe.epochs - row["epoch"]
-        speed = "in no time"
+        speed = f"{clock(seconds * ahead)} left"
         if seconds:
-            speed = f"{1 / seconds:.3g} epochs/s · {images / seconds:,.0f} images/s"
-        speed += f" · {_clock(seconds * ahead)} left"
+            speed = f"{1 / seconds:.3g} epochs/s · {images / seconds:,.0f} images/s · {speed}"
+        passed = time.monotonic() - self.started
+        left = passed / self.bar.n * (self.bar.total - self.bar.n)
         line = (
             f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · loss {row['train_loss']:.3f} · "
-            f"test {row['test_top1']:.2f} % · {speed} · all runs: {self._left()} left"
+            f"test {row['test_top1']:.2f} % · {speed} · all runs: {clock(left)} left"
         )
         if self.log:
             with self.log.open("a") as file:
                 file.write(line + "\n")
-        if self.bar is not None:
-            self.bar.set_description(str(run), refresh=False)
-            self.bar.set_postfix_str(f"test {row['test_top1']:.1f} % · {speed}", refresh=False)
-            self._renew()
-            self.bar.refresh()
-        elif self.style == "lines" and last:
+        if self.style == "lines" and last:
             print(line, flush=True)
+        self.bar.set_description(str(run), refresh=False)
+        self.bar.set_postfix_str(f"test {row['test_top1']:.1f} % · {speed}")
 
     def skip(self, epochs: int) -> None:
-        """Tell that so many epochs are not needed."""
-        self.epochs -= epochs
-        self._renew()
-
-    def _renew(self) -> None:
-        if self.bar is not None:
-            self.bar.n, self.bar.total = self.done, self.epochs
+        """Note that so many epochs are not needed."""
+        self.bar.total -= epochs
+        self.bar.refresh()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def _left(self) -> str:
-        passed = time.monotonic() - self.started
-        return _clock(passed / self.done * (self.epochs - self.done))
+        self.bar.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+def _default_style() -> str:
+    return "bar" if "ipykernel" in sys.modules or sys.stderr.isatty() else "lines"
 
 
-def _style() -> str:
-    notebook = "ipykernel" in sys.modules
-    return "bar" if notebook or sys.stderr.isatty() else "lines"
-
-
-def _bar(total: int):
-    import warnings
-
+def _bar(total: int, disable: bool) -> tqdm:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)  # a notebook without widgets gets a text bar
-        from tqdm.auto import tqdm
-    return tqdm(total=total, unit="epoch")
+        warnings.simplefilter("ignore", TqdmWarning)  # a notebook without widgets has a text bar
+        from tqdm.auto import tqdm as suitable
+    return suitable(total=total, unit="epoch", disable=disable)

@@ -1,4 +1,4 @@
-"""TrainState: a student and what its method trains along, with their optimizers."""
+"""TrainState: the networks that a training updates, with their optimizers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,79 +11,87 @@ from kdlib.data import Images
 from kdlib.engine.device import training_dtype
 from kdlib.engine.plan import mix
 from kdlib.models import Staged, build_model, load_weights
-from kdlib.models.precision import AutocastNetwork
-from kdlib.runs import Recipe, Run
+from kdlib.models.precision import AutocastNetwork, InFloat32
+from kdlib.runs import SGD, Run
 
 
 class TrainState:
-    """Everything that training moves, at fixed addresses.
+    """Everything that training changes, at fixed addresses.
 
-    Networks without a recipe of their own follow the student's. No parameter is shared, so that one
-    backward pass serves all optimizers but those of the method's ``turns``, which move the student
-    as well and have a backward pass each.
+    No parameter belongs to two modules, so one backward pass of the loss serves all optimizers. An
+    extra update of the method has a backward pass of its own.
 
     Args:
-        run: whose student, and whose method's parts.
-        images: those it learns from.
-        teacher: the first teacher_at, for a method that is ``live``.
-        compiled: have whole networks compiled where a step calls them.
+        run: the run in training.
+        images: the images that it learns from.
+        teacher: the first teacher, for a method with ``needs_teacher``.
+        compiled: compile whole networks where a step calls them.
     """
 
     def __init__(self, run: Run, images: Images, teacher: Staged | None, compiled: bool = False):
-        self.compiled = compiled
+        self.run, self.compiled = run, compiled
         self.device = images.device
-        self.dtype = training_dtype(images.device) if run.method.half else torch.float32
-        self.networks = initial_networks(run, images, teacher)
-        self.networks.to(self.device, memory_format=torch.channels_last)
-        called = {name: self.called(net) for name, net in self.networks.items()}
-        self.student, self.parts = called.pop("student"), called
-        self.optimizers = run.method.optimizers(self.networks)
-        own = {name: r for name, r in run.method.recipes().items() if name in self.networks}
-        self.turns = run.method.turns()
-        self.recipes = {"student": run.recipe, **own, **self.turns}
-        # A tensor rate can change between replays; only the fused SGD takes one without a sync.
+        exact = run.method.reads_gradients
+        self.dtype = torch.float32 if exact else training_dtype(images.device)
+        self.modules = initial_modules(run, images, teacher)
+        self.modules.to(self.device, memory_format=torch.channels_last)
+        called = {name: self.called(module) for name, module in self.modules.items()}
+        self.student, self.aux = called.pop("student"), called
+        self._add_optimizers()
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
+        # Sums of the method's curve, by bin, and the number of steps. The last bin is for the rest.
+        bins = run.method.curve.bins + 1 if run.method.curve else 0
+        self.curve = torch.zeros(bins, device=self.device)
+        self.curve_steps = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def called(self, module: nn.Module) -> AutocastNetwork | nn.Module:
+        """A module as a step calls it, in the precision of this training."""
+        if isinstance(module, InFloat32):
+            return module
+        compiled = self.compiled and isinstance(module, Staged)
+        return AutocastNetwork(module, self.device, self.dtype, compiled)
+
+    def uncompiled(self) -> dict[str, AutocastNetwork | nn.Module]:
+        """The modules as an evaluation calls them: its shapes are not worth compiling."""
+        return {
+            name: m if isinstance(m, InFloat32) else AutocastNetwork(m, self.device, self.dtype)
+            for name, m in self.modules.items()
+        }
+
+    # --- updates ----------------------------------------------------------------------------------
+
+    def _add_optimizers(self) -> None:
+        """The student's optimizer updates all modules without an optimizer of their own."""
+        own = self.run.method.optimizers(self.modules)
+        sgd = {name: o for name, o in own.items() if isinstance(o, SGD)}
+        self.optimizers = {name: o for name, o in own.items() if not isinstance(o, SGD)}
+        taken = {*self.optimizers, *(m for o in sgd.values() for m in o.modules)} - {"student"}
+        rest = tuple(name for name in self.modules if name not in taken)
+        sgd |= {"student": SGD(self.run.recipe, rest)}
+        self.recipes = {name: o.recipe for name, o in sgd.items()}
+        # A tensor rate can change between replays; only the fused SGD takes one without a wait.
         self.rates = {
             name: torch.tensor(r.lr, device=self.device) for name, r in self.recipes.items()
         }
-        self.optimizers |= {name: self._optimizer(name, r) for name, r in self.recipes.items()}
-        self.scaler = torch.amp.GradScaler("cuda", enabled=self.dtype == torch.float16)
-
-    def called(self, network: nn.Module) -> AutocastNetwork:
-        """A network as losses call it, at the precision of this training."""
-        compiled = self.compiled and isinstance(network, Staged)
-        return AutocastNetwork(network, self.device, self.dtype, compiled)
-
-    def uncompiled(self) -> dict[str, AutocastNetwork]:
-        """By name, the networks as evaluations call them, whose shapes are not worth compiling."""
-        return {
-            name: AutocastNetwork(n, self.device, self.dtype) for name, n in self.networks.items()
-        }
-
-    def _optimizer(self, name: str, recipe: Recipe) -> torch.optim.SGD:
-        followers = [self.networks[name]]
-        if name in self.turns:
-            followers.append(self.networks["student"])
-        elif name == "student":
-            others = self.networks.keys() - self.recipes.keys() - self.optimizers.keys()
-            followers += [net for n, net in self.networks.items() if n in others]
-        return torch.optim.SGD(
-            [parameter for network in followers for parameter in network.parameters()],
-            lr=self.rates[name],
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        for name, (recipe, modules) in sgd.items():
+            self.optimizers[name] = torch.optim.SGD(
+                [p for module in modules for p in self.modules[module].parameters()],
+                lr=self.rates[name],
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                fused=True,
+            )
 
     def set_rates(self, epoch: int) -> None:
         for name, recipe in self.recipes.items():
             self.rates[name].fill_(recipe.lr_at(epoch))
 
-    def update(self, loss: Tensor, turn: str | None = None) -> None:
-        """Backward pass and one step of the optimizer of a turn; for None, of all others."""
+    def update(self, loss: Tensor, optimizers: set[str]) -> None:
+        """Backward pass of a loss, and one step of these optimizers."""
         self.forget_gradients()
         self.scaler.scale(loss).backward()
         for name, optimizer in self.optimizers.items():
-            if name == turn or (turn is None and name not in self.turns):
+            if name in optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -91,10 +99,25 @@ class TrainState:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-    # --- state ------------------------------------------------------------------------------------
+    def add_to_curve(self, terms: dict[str, Tensor]) -> None:
+        """Add this step's value to the method's curve, without a wait for the host."""
+        if curve := self.run.method.curve:
+            bin_ = (self.curve_steps // curve.every).clamp(max=curve.bins)
+            self.curve.index_add_(0, bin_, terms[curve.term].detach().view(1))
+            self.curve_steps += 1
+
+    def curve_means(self) -> dict:
+        """The curve for the record: means of all complete bins."""
+        if not (curve := self.run.method.curve):
+            return {}
+        complete = min(curve.bins, int(self.curve_steps) // curve.every)
+        means = (self.curve[:complete] / curve.every).tolist()
+        return {"curve": {"every": curve.every, curve.term: means}}
+
+    # --- saving and restoring ---------------------------------------------------------------------
 
     def momentum(self) -> dict[tuple[str, nn.Parameter], Tensor]:
-        """By name of the optimizer and parameter that it stepped; nothing of one without it."""
+        """Momentum by optimizer and parameter; only of parameters that have had an update."""
         return {
             (name, parameter): state["momentum_buffer"]
             for name, optimizer in self.optimizers.items()
@@ -103,17 +126,19 @@ class TrainState:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, statistics and momentum by name."""
-        tensors = {f"networks.{name}": t for name, t in self.networks.state_dict().items()}
-        names = {parameter: name for name, parameter in self.networks.named_parameters()}
+        """Weights, statistics, momentum and the curve by name."""
+        tensors = {f"networks.{name}": t for name, t in self.modules.state_dict().items()}
+        names = {parameter: name for name, parameter in self.modules.named_parameters()}
         for (optimizer, parameter), buffer in self.momentum().items():
             tensors[f"momentum.{optimizer}.{names[parameter]}"] = buffer
-        return tensors
+        return tensors | {"curve.sums": self.curve, "curve.steps": self.curve_steps}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what ``tensors`` gave. Raises ValueError where it does not fit."""
-        weights, momentum = (store.within(tensors, p) for p in ("networks.", "momentum."))
-        names = {parameter: name for name, parameter in self.networks.named_parameters()}
+        """Restore the result of ``tensors``. Raises ValueError where it does not fit."""
+        weights, momentum, curve = (
+            store.select(tensors, prefix) for prefix in ("networks.", "momentum.", "curve.")
+        )
+        names = {parameter: name for name, parameter in self.modules.named_parameters()}
         owned = {
             f"{name}.{names[parameter]}": (optimizer, parameter)
             for name, optimizer in self.optimizers.items()
@@ -122,72 +147,80 @@ class TrainState:
         }
         if not momentum.keys() <= owned.keys():
             raise ValueError("The momentum does not fit the networks.")
-        load_weights(self.networks, weights)
+        if curve.keys() != {"sums", "steps"} or curve["sums"].shape != self.curve.shape:
+            raise ValueError("The curve does not fit the method.")
+        load_weights(self.modules, weights)
         for name, buffer in momentum.items():
             optimizer, parameter = owned[name]
             state = torch.empty_like(parameter).copy_(buffer)
             optimizer.state[parameter]["momentum_buffer"] = state
+        self.curve.copy_(curve["sums"])
+        self.curve_steps.copy_(curve["steps"])
 
     @contextmanager
-    def unmoved(self) -> Iterator[None]:
-        """Whatever is trained inside, afterwards all is as it was, at the same addresses."""
-        before = {name: t.clone() for name, t in self.networks.state_dict().items()}
-        scaling = self.scaler.state_dict()
+    def unchanged(self) -> Iterator[None]:
+        """Undo all training that happens inside; addresses stay the same."""
+        before = {name: t.clone() for name, t in self.modules.state_dict().items()}
         momentum = {key: buffer.clone() for key, buffer in self.momentum().items()}
+        curve, steps = self.curve.clone(), self.curve_steps.clone()
+        scaling = self.scaler.state_dict()
         yield
-        load_weights(self.networks, before)
+        load_weights(self.modules, before)
         for key, buffer in self.momentum().items():
-            # For a new run zero: a zero buffer updates as the rule of the first step does.
+            # Zero for a new run: an update with a zero buffer equals the rule of the first step.
             buffer.copy_(momentum.get(key, torch.zeros_like(buffer)))
+        self.curve.copy_(curve)
+        self.curve_steps.copy_(steps)
         if scaling:
             self.scaler.load_state_dict(scaling)
 
 
-def initial_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
-    """A run's ``student`` and what its method trains along, as they start.
+def initial_modules(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
+    """A run's ``student`` and auxiliary modules before its first step.
 
     Args:
-        images: those it learns from.
-        teacher: the teacher_at, for a method that is ``live``.
+        images: the images that it learns from.
+        teacher: the first teacher, for a method with ``needs_teacher``.
     """
-    networks = _random_networks(run, images, teacher)
-    if run.start:  # parts of another method stay as they are
-        saved = store.load_networks(run.start, run.start.recipe.epochs)
-        for name, network in networks.items():
-            if own := store.within(saved, f"{name}."):
-                load_weights(network, own)
-    return networks
+    modules = _random_modules(run, images, teacher)
+    if run.start:  # modules that the start does not have keep their random weights
+        saved = store.load_modules(run.start, run.start.recipe.epochs)
+        for name, module in modules.items():
+            if own := store.select(saved, f"{name}."):
+                load_weights(module, own)
+    return modules
 
 
-def trained_networks(
+def trained_modules(
     run: Run, epoch: int, images: Images, expected: str | None = None
 ) -> nn.ModuleDict:
-    """A run's ``student`` and parts after ``epoch`` epochs, 0 being their start.
+    """A run's ``student`` and auxiliary modules after ``epoch`` epochs; 0 is the start.
 
     In eval mode and frozen. Raises StoreError where the store has no such weights, or, given an
-    ``expected`` fingerprint, others.
+    ``expected`` fingerprint, other weights.
     """
     teacher = None
-    if run.method.live:
-        teacher_at, at = run.method.teacher_at(0)
+    if run.method.needs_teacher:
+        checkpoint = run.method.teacher_at(0)
         if epoch == 0:
-            teacher, _ = store.load_checkpoint(teacher_at, at)
+            teacher, _ = store.load_checkpoint(*checkpoint)
         else:  # only its shapes matter
-            teacher = build_model(teacher_at.model, images.classes, images.channels, seed=0).eval()
+            model = checkpoint.run.model
+            teacher = build_model(model, images.classes, images.channels, seed=0).eval()
         teacher = teacher.to(images.device)
     if epoch == 0:
-        networks = initial_networks(run, images, teacher)
+        modules = initial_modules(run, images, teacher)
     else:
-        networks = _random_networks(run, images, teacher)
-        load_weights(networks, store.load_networks(run, epoch, expected))
-    return networks.eval().requires_grad_(False)
+        modules = _random_modules(run, images, teacher)
+        load_weights(modules, store.load_modules(run, epoch, expected))
+    return modules.eval().requires_grad_(False)
 
 
-def _random_networks(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
+def _random_modules(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:
     weights = mix("weights", run.seed)
     student = build_model(run.model, images.classes, images.channels, weights).to(images.device)
     x = images.batch(torch.arange(2, device=images.device))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(mix("parts", run.seed))
-        parts = run.method.parts(student.eval(), teacher, x)
-    return nn.ModuleDict({"student": student, **parts}).to(images.device)
+        aux = run.method.aux_modules(student.eval(), teacher, x)
+    return nn.ModuleDict({"student": student, **aux}).to(images.device)

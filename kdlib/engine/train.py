@@ -1,4 +1,4 @@
-"""train(runs): load what the store has, train the rest, teachers first."""
+"""train(runs): load the runs that the store has, train the others, teachers first."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -8,148 +8,160 @@ from typing import Any, Protocol
 import torch
 
 from kdlib import store
+from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.graph import incomplete, merge, parents_of
-from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.graph import is_complete, next_level
 from kdlib.engine.passes import teacher_passes
-from kdlib.engine.pool import TrainerPool, Width, asked_parallel
+from kdlib.engine.pool import TrainerPool, asked_parallel
 from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite, NothingFound, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
 CACHES = CachePool()
-# A bank is kept where it saves at least this share of its teacher's passes for labels.
+# A cache is kept where it saves at least this share of its teacher's passes.
 WORTH = 0.1
 
 
-class Search(Protocol):
-    """A chain of runs of which each is known only when the one before is trained."""
+class RunChain(Protocol):
+    """A chain of runs, each known only when the one before it is trained."""
 
-    def following(self, trained: Trained | None) -> Run | None:
-        """The first run, for None; the run after this one; None after the last.
+    def next_run(self, trained: Trained | None) -> Run | None:
+        """The first run, for None; the run after ``trained``; None after the last.
 
-        Raises StoreError where weights or logits are missing, NothingFound where the search ends
+        Raises StoreError where weights or logits are missing, NothingFound where the chain ends
         here without a result.
         """
 
     def needs(self, run: Run) -> list[Run]:
-        """Runs whose weights or logits decide what follows ``run``."""
+        """The runs whose weights or logits decide which run follows ``run``."""
 
     def estimate(self) -> list[Run]:
-        """What the chain may cost, before anything of it is known."""
+        """Runs that cost about as much as the chain, for a forecast."""
 
 
 def train(
-    runs: Iterable[Run | Search] | Mapping[Any, Iterable[Run | Search]],
+    runs: Iterable[Run | RunChain] | Mapping[Any, Iterable[Run | RunChain]],
     device: str | torch.device | None = None,
-    lanes: int | None = None,
+    parallel: int | None = None,
     weights: bool = False,
     partial: bool = False,
 ) -> list[Trained | None] | dict[Any, list[Trained | None]]:
-    """Train what the store and the committed records do not have yet; return one result per run.
+    """Train the runs that neither the store nor the committed records have; one result per run.
 
-    A mapping of rows to runs gives a mapping of rows to results; all are trained in one go. A
-    search of runs is trained run by run beside the others; its result is that of its last run.
+    A mapping of rows to runs gives a mapping of rows to results; all runs are trained in one call.
+    A chain is trained run by run beside the others; its result is that of its last run.
 
-    Teachers named by the runs are trained first, and only where a student needs them. Several
+    The teachers of a run are trained before it, and only if the run has to be trained. Several
     processes may share a store: each run is trained by one of them while the others wait.
 
     Args:
         device: ``cpu``, ``cuda``, …; None takes a GPU if there is one.
-        lanes: how many students train at a time; None takes ``$KDLIB_PARALLEL`` or chooses: 1 on a
-            CPU, on a GPU what memory and the measured speed allow. Fewer where memory runs out.
-        weights: train also those runs of which only a record is there.
-        partial: give None for what failed, and warn, instead of raising NotFinite or NothingFound.
+        parallel: students that train at a time; None takes ``$KDLIB_PARALLEL``, else 1 on a CPU
+            and 16 on a GPU. Fewer where memory runs out.
+        weights: train also runs of which only a record exists.
+        partial: return None for runs that failed, and warn, instead of raising NotFinite or
+            NothingFound.
 
     Raises:
-        NotFinite: a loss left the finite numbers.
-        NothingFound: a search ended without a result. Both are told when the other runs are done.
-        StoreError, DataError: what cannot be read or written, and what to do.
+        NotFinite: a loss was infinite or not a number.
+        NothingFound: a chain ended without a result. Both are raised after all other runs.
+        StoreError, DataError: a file that cannot be read or written, and what to do.
     """
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
-        results = iter(train(chain(*rows.values()), device, lanes, weights, partial))
+        results = iter(train(chain(*rows.values()), device, parallel, weights, partial))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
-    runs, device = list(runs), pick_device(device)
-    searches = {k: run for k, run in enumerate(runs) if not isinstance(run, Run)}
-    runs = [run.following(None) if k in searches else run for k, run in enumerate(runs)]
-    lanes = asked_parallel(lanes)
+    device = pick_device(device)
+    session = _Session(device, asked_parallel(parallel, device))
     prepare(device)
-    failures: dict[str, NotFinite] = {}
-    without: dict[int, NothingFound] = {}
-    while searches:
-        _ensure(runs, device, lanes, weights, failures)
-        for k, search in [*searches.items()]:
-            following = None
-            if runs[k].id not in failures:
-                try:
-                    following = _following(search, runs[k], device, lanes, failures)
-                except NothingFound as error:
-                    without[k] = error
-            if following:
-                runs[k] = following
-            else:
-                del searches[k]
-    _ensure(runs, device, lanes, weights, failures)
-    # told when all others are done: one that fails does not hold them up
-    errors = [*{str(e): e for e in [*failures.values(), *without.values()]}.values()]
-    if errors and not partial:
-        for other in errors[1:]:
-            errors[0].add_note(str(other))
-        raise errors[0]
-    for error in errors:
-        warnings.warn(str(error), stacklevel=2)
-    failed = {*without, *(k for k, run in enumerate(runs) if run.id in failures)}
+    runs, missing = session.follow(list(runs), weights)
+    session.ensure(runs, weights)
+    session.report(missing, partial)
+    failed = {*missing, *(k for k, run in enumerate(runs) if run.id in session.failures)}
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
 
 
-def _following(
-    search: Search,
-    run: Run,
-    device: torch.device,
-    lanes: int | None,
-    failures: dict[str, NotFinite],
-) -> Run | None:
-    try:
-        return search.following(store.find_record(run))
-    except StoreError:  # a clone with records alone: train what the search wants to look at
-        _ensure([run, *search.needs(run)], device, lanes, weights=True, failures=failures)
-        return search.following(store.find_record(run))
+class _Session:
+    """One call of ``train``.
 
-
-def _ensure(
-    mentions: list[Run],
-    device: torch.device,
-    lanes: int | None,
-    weights: bool,
-    failures: dict[str, NotFinite],
-) -> None:
-    """Train what is missing of these, teachers first.
-
-    A run may be mentioned more than once, with different wishes for what it and its teachers keep.
-    Runs that fail, and those that would learn from them, are added to ``failures`` by id.
+    Attributes:
+        failures: by id the errors of runs that failed, and of runs that would learn from them.
     """
-    runs = merge(mentions)
-    if not (missing := {run.id for run in incomplete(runs, weights)}):
-        return
-    parents = parents_of([m for m in mentions if m.id in missing])
-    _ensure(parents, device, lanes, weights=True, failures=failures)
-    for run in runs:
-        if failed := [parent.id for parent, _ in run.parents if parent.id in failures]:
-            failures[run.id] = failures[failed[0]]
-    # looked for again, since a teacher trained anew outdates all its students
-    missing = [run for run in incomplete(runs, weights) if run.id not in failures]
-    sweeps = {store.saved_fingerprint(*a): s for a, s in teacher_passes(missing).items()}
-    CACHES.expect({teacher for teacher, s in sweeps.items() if not s.worth(WORTH)})
-    progress = Progress(sum(run.recipe.epochs for run in missing))
-    widths = {(run.data, run.images): Width(device, lanes) for run in missing}
-    try:
-        while missing:
-            for what in {(run.data, run.images) for run in missing}:
-                together = [run for run in missing if (run.data, run.images) == what]
-                group = TrainerPool(together, device, widths[what], CACHES, progress, weights)
-                failures.update(group.train())
-            missing = [run for run in incomplete(missing, weights) if run.id not in failures]
-    finally:
-        progress.close()
+
+    def __init__(self, device: torch.device, parallel: int):
+        self.device, self.parallel = device, parallel
+        self.failures: dict[str, NotFinite] = {}
+
+    def follow(
+        self, items: list[Run | RunChain], weights: bool
+    ) -> tuple[list[Run], dict[int, NothingFound]]:
+        """Follow all chains to their ends: the last runs, and errors of chains by their place."""
+        chains = {k: item for k, item in enumerate(items) if not isinstance(item, Run)}
+        runs = [item.next_run(None) if k in chains else item for k, item in enumerate(items)]
+        missing: dict[int, NothingFound] = {}
+        while chains:
+            self.ensure(runs, weights)
+            for k, following in [*chains.items()]:
+                after = None
+                if runs[k].id not in self.failures:
+                    try:
+                        after = self._next_run(following, runs[k])
+                    except NothingFound as error:
+                        missing[k] = error
+                if after:
+                    runs[k] = after
+                else:
+                    del chains[k]
+        return runs, missing
+
+    def _next_run(self, following: RunChain, run: Run) -> Run | None:
+        before = store.find_record(run)
+        try:
+            return following.next_run(before)
+        except StoreError:  # a clone with records alone: train the runs that the chain needs
+            self.ensure([run, *following.needs(run)], weights=True)
+        after = store.find_record(run)
+        unchanged = all(before.summary[k] == after.summary[k] for k in ("weights", "teachers"))
+        # Other weights may lead to other choices, from the first on.
+        return following.next_run(after if unchanged else None)
+
+    def ensure(self, runs: list[Run], weights: bool) -> None:
+        """Train all of these runs that are incomplete, level by level, teachers first.
+
+        The graph is read again after each level, since a teacher that was trained again makes its
+        students incomplete.
+        """
+        while level := next_level(runs, weights, self.failures):
+            self._train_level(level)
+
+    def _train_level(self, level: list[Run]) -> None:
+        passes = {store.saved_fingerprint(*c): p for c, p in teacher_passes(level).items()}
+        CACHES.expect({teacher for teacher, p in passes.items() if not p.saves(WORTH)})
+        progress = Progress(sum(run.recipe.epochs for run in level))
+        pools = {
+            (run.dataset, run.images): TrainerPool(self.device, self.parallel, CACHES, progress)
+            for run in level
+        }
+        try:
+            while level:
+                for data, pool in pools.items():
+                    if together := [run for run in level if (run.dataset, run.images) == data]:
+                        self.failures.update(pool.train(together))
+                level = [
+                    run
+                    for run in level
+                    if run.id not in self.failures and not is_complete(run, weights=True)
+                ]
+        finally:
+            progress.close()
+
+    def report(self, missing: Mapping[int, NothingFound], partial: bool) -> None:
+        """Raise or warn of what failed, when all other runs are trained."""
+        errors = [*{str(e): e for e in [*self.failures.values(), *missing.values()]}.values()]
+        if errors and not partial:
+            for other in errors[1:]:
+                errors[0].add_note(str(other))
+            raise errors[0]
+        for error in errors:
+            warnings.warn(str(error), stacklevel=3)

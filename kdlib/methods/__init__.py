@@ -1,7 +1,7 @@
 """How a student learns: one file per idea."""
 
 from kdlib.methods.collaboration import STC
-from kdlib.methods.distill import KD, CrossEntropy, FromTeacher, Method, OnLogits, Step
+from kdlib.methods.distill import KD, FromTeacher, OnLogits, Wrapper
 from kdlib.methods.gates import GateSearch
 from kdlib.methods.hints import (
     FSP,
@@ -16,28 +16,4 @@ from kdlib.methods.peers import KDGAN, MutualLearning, RocketLaunching
 from kdlib.methods.penalties import Penalised
 from kdlib.methods.representing import KR
 from kdlib.methods.route import OneStage, multi_stage
-
-__all__ = [
-    "FSP",
-    "KD",
-    "KDGAN",
-    "KR",
-    "NST",
-    "STC",
-    "AttentionTransfer",
-    "CrossEntropy",
-    "FactorTransfer",
-    "FromTeacher",
-    "GateSearch",
-    "Hint",
-    "Method",
-    "MutualLearning",
-    "OnLogits",
-    "OneStage",
-    "Paraphrase",
-    "Penalised",
-    "RocketLaunching",
-    "Step",
-    "multi_stage",
-    "paraphrase",
-]
+from kdlib.runs import CrossEntropy, Method, Step

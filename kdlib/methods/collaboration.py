@@ -1,4 +1,4 @@
-"""STC: the student's front and the teacher's back make one network, trained together."""
+"""STC: the student's front and the teacher's back form one network, and are trained together."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ TARGETS = ("output", "soft", "label", "truth")
 class STC(OnLogits):
     """alpha·C(teacher's back(student's front(x)), target) + (1 - alpha)·the student's own loss.
 
-    Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term comes to the student
-    through the teacher's later stages, which are frozen and in eval mode. Where features differ in
-    shape, an adapter that is trained along joins them; at inference it is dropped with the teacher.
+    Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term reaches the student
+    through the teacher's later stages, which are frozen and in eval mode. Where the features differ
+    in shape, an adapter connects them. It is trained with the student; at inference neither the
+    adapter nor the teacher is used. The student's own loss is that of ``OnLogits``: CE, or with a
+    kd_weight "STC+KD" (decision STC-g).
 
     Attributes:
         alpha: 0.3 on CIFAR-10, 0.5 elsewhere.
         cut: both networks are cut after this stage.
-        target: ``output``, the teacher's softmax; ``soft``, at ``temperature``, times T²;
-            ``label``, its most likely class; ``truth``, the label of the data set.
+        target: ``output``, the teacher's softmax; ``soft``, the softmax at ``temperature``, and the
+            loss times T²; ``label``, the teacher's most likely class; ``truth``, the true label.
 
-    The student's own loss is that of ``OnLogits``: CE, or with kd_weight "STC+KD" (decision STC-g).
-    Raises ValueError for an alpha beyond [0, 1], an unknown target, a cut where there is no stage.
+    Raises ValueError for an alpha outside [0, 1], an unknown target, and a cut after a stage that
+    one of the networks does not have.
     """
 
     alpha: float = 0.3
     cut: int = 2
     target: str = "output"
-    live = True
+    needs_teacher = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.cut == int(self.cut):  # 2.0 is 2; what is no stage at all, `check` refuses
+        if self.cut == int(self.cut):  # 2.0 is 2; `check` refuses other numbers
             object.__setattr__(self, "cut", int(self.cut))
         if self.target not in TARGETS:
-            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+            raise ValueError(f"Unknown target {self.target!r}. Known: {', '.join(TARGETS)}.")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is a share of the loss, from 0 to 1, not {self.alpha}.")
+            raise ValueError(f"alpha={self.alpha}: give a share of the loss, from 0 to 1.")
 
     @property
-    def labelled(self):
+    def needs_logits(self):
         return self.target != "truth" or self.kd_weight != 0
 
     def check(self, run):
@@ -59,39 +61,39 @@ class STC(OnLogits):
                 f"have {stages} stages in common."
             )
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         ours, theirs = (network.until(self.cut, x) for network in (student, teacher))
         return {} if ours.shape == theirs.shape else {"adapter": adapter(ours, theirs)}
 
     def loss(self, step):
         feature = step.student.until(self.cut, step.x)
         logits = step.student.resume(self.cut, feature)
-        together = self.collaborate(feature, step.teacher, step.parts)
-        stc = self.imitate(together, step.targets, step.labels)
-        terms = self.on_logits(logits, step.labels, step.targets)
+        together = self.collaborate(feature, step.teacher, step.aux)
+        stc = self.imitate(together, step.teacher_logits, step.labels)
+        terms = self.on_logits(logits, step.labels, step.teacher_logits)
         loss = self.alpha * stc + (1 - self.alpha) * terms["loss"]
         return logits, {**terms, "loss": loss, "stc": stc}
 
-    def collaborate(self, feature: Tensor, teacher, parts) -> Tensor:
-        """Logits that the teacher's back makes of the student's feature."""
-        if "adapter" in parts:
-            feature = parts["adapter"](feature)
+    def collaborate(self, feature: Tensor, teacher, aux) -> Tensor:
+        """The logits of the teacher's back, given the student's feature."""
+        if "adapter" in aux:
+            feature = aux["adapter"](feature)
         return teacher.resume(self.cut, feature)
 
-    def imitate(self, together: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
-        """C: how far the collaboration's logits are from the target."""
+    def imitate(self, together: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        """C: the distance of the collaboration's logits from the target."""
         match self.target:
             case "output":
-                return losses.imitation(together, taught)
+                return losses.imitation(together, teacher_logits)
             case "soft":
-                return losses.imitation(together, taught, self.temperature)
+                return losses.imitation(together, teacher_logits, self.temperature)
             case "label":
-                return F.cross_entropy(together, taught.argmax(1))
+                return F.cross_entropy(together, teacher_logits.argmax(1))
             case "truth":
                 return F.cross_entropy(together, labels)
 
-    def joined(self, student, teacher, parts):
+    def composites(self, student, teacher, aux):
         def collaboration(x: Tensor) -> Tensor:
-            return self.collaborate(student.until(self.cut, x), teacher, parts)
+            return self.collaborate(student.until(self.cut, x), teacher, aux)
 
         return {"collaboration": collaboration}

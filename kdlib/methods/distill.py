@@ -1,208 +1,14 @@
-"""How a student learns from labels alone, or from a teacher's logits: KD."""
+"""Learn from a teacher's logits: KD, and the bases of the methods that extend it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from kdlib import losses
-
-if TYPE_CHECKING:
-    from kdlib.models import Staged
-    from kdlib.models.precision import AutocastNetwork
-    from kdlib.runs import Recipe, Run
-
-# A checkpoint of a teacher: the run and how many epochs of it.
-Anchor = tuple["Run", int]
-
-
-class Step(NamedTuple):
-    """What a loss may read: one batch, and the networks of a student in training.
-
-    Networks are called as they are, and give float32 on every device: losses run in float32.
-
-    Attributes:
-        x: images ``[b, channels, height, width]``.
-        labels: int64 ``[b]``.
-        targets: ``[b, classes]``, the teacher_at's logits for exactly these views; None where there
-            is no teacher_at or the method is not ``labelled``.
-        student: the network to train.
-        teacher: the teacher_at itself, frozen, for a method that is ``live``; else None.
-        parts: what else the method trains, by name.
-        frozen: parts that other runs trained, by name, in eval mode.
-        noise: uniform in (0, 1), ``[b, noises, classes]``; None where the method has no ``noises``.
-    """
-
-    x: Tensor
-    labels: Tensor
-    targets: Tensor | None
-    student: AutocastNetwork
-    teacher: AutocastNetwork | None
-    parts: Mapping[str, AutocastNetwork]
-    frozen: Mapping[str, AutocastNetwork]
-    noise: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """What every method says of itself; its fields are part of the run's description."""
-
-    # Whether the loss reads the teacher_at's logits, and whether it needs the teacher itself.
-    labelled = True
-    live = False
-    # Whether the student is a network by itself, without the method's parts.
-    whole = True
-    # Whether networks may compute in half precision. There losses are scaled at times, which a
-    # method that looks at gradients must not see.
-    half = True
-    # How many random numbers the loss reads for every image and class.
-    noises = 0
-
-    def teacher_at(self, epoch: int) -> Anchor | None:
-        """Whose logits label the student's ``epoch`` (from 0): a teacher's run and its epoch.
-
-        None where no teacher is needed. Plain distillation and every RCO strategy differ in
-        nothing but this answer.
-        """
-        return None
-
-    def anchors(self, epochs: int) -> set[Anchor]:
-        """All checkpoints that label a run of this many epochs."""
-        return {anchor for e in range(epochs) if (anchor := self.teacher_at(e)) is not None}
-
-    def check(self, run: Run) -> None:
-        """Called as soon as a run is made: raise ValueError where it cannot learn so."""
-
-    def parts(self, student: Staged, teacher: Staged | None, x: Tensor) -> dict[str, nn.Module]:
-        """Modules that are trained along with the student, freshly initialised.
-
-        Called once with a few images ``x`` under a seeded random state. A part that is a whole
-        network is tested after each epoch, as the student is.
-        """
-        return {}
-
-    def recipes(self) -> dict[str, Recipe]:
-        """Parts that learn at a rate and schedule of their own; others share the student's."""
-        return {}
-
-    def turns(self) -> dict[str, Recipe]:
-        """Updates that every step begins with, before that of ``loss``: their names and recipes.
-
-        Each has an optimizer of its own, which moves the student and the part of its name by the
-        gradient of ``turn``. Epochs and batch are the student's.
-        """
-        return {}
-
-    def turn(self, name: str, step: Step) -> dict[str, Tensor]:
-        """Named terms of such an update; the one of its name is minimised, all are logged."""
-        raise NotImplementedError
-
-    def optimizers(self, parts: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
-        """Parts that are not moved by gradient descent: their names, what moves each of them.
-
-        Its momentum is kept as ``momentum_buffer``, as that of ``torch.optim.SGD``.
-        """
-        return {}
-
-    def frozen(self) -> dict[str, Run]:
-        """Parts that this method uses as another run has trained them: their names, that run."""
-        return {}
-
-    def joined(
-        self,
-        student: AutocastNetwork,
-        teacher: AutocastNetwork | None,
-        parts: Mapping[str, AutocastNetwork],
-    ) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Classifiers joined of these networks, from images to logits, by name.
-
-        They are tested after each epoch, as the student is. One named ``student`` is tested in its
-        place.
-        """
-        return {}
-
-    def told(self, parts: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Numbers to log after an epoch."""
-        return {}
-
-    def arrived(self, parts: Mapping[str, nn.Module]) -> bool:
-        """Whether the run ends here, before its recipe does: asked after every epoch, and after
-        every step of one in which it ``may_stop``."""
-        return False
-
-    def may_stop(self, parts: Mapping[str, nn.Module], steps: int) -> bool:
-        """Whether the epoch that begins, of so many steps, may be the last."""
-        return False
-
-    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits and named terms of one batch; ``loss`` is minimised, all are
-        logged."""
-        raise NotImplementedError
-
-
-class Wrapper(Method):
-    """A method around another, ``inner``: what it does not say itself, the inner one says."""
-
-    @property
-    def inner(self) -> Method:
-        raise NotImplementedError
-
-    live = property(lambda self: self.inner.live)
-    labelled = property(lambda self: self.inner.labelled)
-    whole = property(lambda self: self.inner.whole)
-    half = property(lambda self: self.inner.half)
-    noises = property(lambda self: self.inner.noises)
-
-    def check(self, run):
-        self.inner.check(run)
-
-    def parts(self, student, teacher, x):
-        return self.inner.parts(student, teacher, x)
-
-    def recipes(self):
-        return self.inner.recipes()
-
-    def turns(self):
-        return self.inner.turns()
-
-    def turn(self, name, step):
-        return self.inner.turn(name, step)
-
-    def optimizers(self, parts):
-        return self.inner.optimizers(parts)
-
-    def frozen(self):
-        return self.inner.frozen()
-
-    def joined(self, student, teacher, parts):
-        return self.inner.joined(student, teacher, parts)
-
-    def told(self, parts):
-        return self.inner.told(parts)
-
-    def arrived(self, parts):
-        return self.inner.arrived(parts)
-
-    def may_stop(self, parts, steps):
-        return self.inner.may_stop(parts, steps)
-
-    def loss(self, step):
-        return self.inner.loss(step)
-
-
-@dataclass(frozen=True)
-class CrossEntropy(Method):
-    """Learn from the labels alone ("softmax" in RCO's tables)."""
-
-    def loss(self, step):
-        logits = step.student(step.x)
-        ce = F.cross_entropy(logits, step.labels)
-        return logits, {"loss": ce, "ce": ce}
+from kdlib.runs import Checkpoint, Method, Run, Terms
 
 
 @dataclass(frozen=True)
@@ -210,39 +16,45 @@ class FromTeacher(Method):
     """Learn from one checkpoint of a trained teacher.
 
     Attributes:
-        teacher: the run that labels.
-        at: by its checkpoint after this many epochs; None for its last.
+        teacher: the teacher's run.
+        at: the teacher's checkpoint after this many epochs; None for the last.
+
+    Raises ValueError for an epoch that the teacher does not have, and for a teacher that does not
+    work without its auxiliary modules.
     """
 
     teacher: Run
     at: int | None = None
 
     def __post_init__(self):
-        if not self.teacher.method.whole:
+        if not self.teacher.method.standalone:
             raise ValueError(
-                f"{self.teacher} is no teacher: its student needs what it trained along."
+                f"{self.teacher} cannot be a teacher: its student does not work without its "
+                f"auxiliary modules."
             )
-        # one training, one id: the last epoch is None
         last = self.teacher.recipe.epochs
         if self.at is not None and self.at not in range(1, last + 1):
-            raise ValueError(f"There is no epoch {self.at} of {self.teacher}: it has 1 to {last}.")
+            raise ValueError(
+                f"The teacher {self.teacher} has the epochs 1 to {last}, so not epoch {self.at}."
+            )
+        # one training has one id: the last epoch is None
         at = None if self.at is None or self.at == last else int(self.at)
         object.__setattr__(self, "at", at)
 
     @property
-    def anchor(self) -> int:
-        """The teacher's epoch that labels."""
+    def teacher_epoch(self) -> int:
+        """The epoch of the teacher's checkpoint."""
         return self.teacher.recipe.epochs if self.at is None else self.at
 
     def teacher_at(self, epoch):
-        return self.teacher, self.anchor
+        return Checkpoint(self.teacher, self.teacher_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnLogits(FromTeacher):
     """ce_weight·CE + kd_weight·T²·KL(teacher ‖ student) on the student's own logits.
 
-    A method that looks at features adds its term to it, and so works with KD and without.
+    A method of features adds its term to this loss, and so works with KD and without.
 
     Attributes:
         ce_weight, kd_weight: 0.1 and 0.9 are usual for "+KD".
@@ -254,19 +66,19 @@ class OnLogits(FromTeacher):
     temperature: float = 4.0
 
     @property
-    def labelled(self):
+    def needs_logits(self):
         return self.kd_weight != 0
 
-    def on_logits(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict[str, Tensor]:
+    def on_logits(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Terms:
         """The terms ``ce``, ``kd`` where it has a weight, and ``loss``, their weighted sum.
 
-        ``taught`` are the teacher's logits, read only where ``kd`` has a weight.
+        ``teacher_logits`` are read only where ``kd`` has a weight.
         """
         terms = {"ce": F.cross_entropy(logits, labels)}
-        # What has no weight gives no gradient, rather than one of zero.
+        # A term without weight gives no gradient at all, rather than a gradient of zero.
         loss = self.ce_weight * terms["ce"] if self.ce_weight else 0.0
         if self.kd_weight:
-            terms["kd"] = losses.kd(logits, taught, self.temperature)
+            terms["kd"] = losses.kd(logits, teacher_logits, self.temperature)
             loss = loss + self.kd_weight * terms["kd"]
         return {"loss": loss, **terms}
 
@@ -285,4 +97,24 @@ class KD(OnLogits):
 
     def loss(self, step):
         logits = step.student(step.x)
-        return logits, self.on_logits(logits, step.labels, step.targets)
+        return logits, self.on_logits(logits, step.labels, step.teacher_logits)
+
+
+class Wrapper(Method):
+    """A method around another, ``inner``.
+
+    ``inner`` answers all questions that a subclass does not, but for the choice of the teacher.
+    """
+
+    @property
+    def inner(self) -> Method:
+        raise NotImplementedError
+
+
+def _forwarded(name: str) -> property:
+    return property(lambda self: getattr(self.inner, name))
+
+
+for _name in vars(Method).keys() - {"teacher_at", "checkpoints"}:
+    if not _name.startswith("_"):
+        setattr(Wrapper, _name, _forwarded(_name))

@@ -1,10 +1,9 @@
-"""Search for a student inside the teacher: a gate on every channel, closed by proximal gradient."""
+"""Search for a student inside the teacher: proximal gradient closes gates on its channels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,41 +13,39 @@ from torch import Tensor, nn
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher
 from kdlib.models.architecture import MARK
-from kdlib.models.channels import Channels, Kept, read_channels
+from kdlib.models.channels import Channels, Masks, read_channels
 from kdlib.models.names import builder
+from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
 
-if TYPE_CHECKING:
-    from kdlib.models.precision import AutocastNetwork
-
 TARGETS = ("soft", "output", "truth")
-# An epoch may be the search's last where the budget would be reached by summary all gates within
-# so many times what the penalty alone takes of each in an epoch.
+# The search may reach its budget within an epoch if the gates would reach it after this many times
+# the decrease by the penalty alone.
 REACH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateSearch(FromTeacher):
-    """weight·C(gated(x), target) + strength·Σ α_j|g_j|, until what is open costs at most a budget.
+    """Minimise weight·C(gated(x), target) + strength·Σ α_j|g_j| until a budget is reached.
 
-    Search for Better Students, Eq. 3 to 5. The student starts as the teacher (``Run.start``) with a
-    gate of 1 on every channel that a gated layer reads. Its weights move by the run's recipe, its
-    gates by accelerated proximal gradient, in one backward pass.
+    Search for Better Students, Eq. 3 to 5. The student starts as the teacher (``Run.start``), with
+    a gate of 1 on every input channel of a gated layer. The run's recipe updates the weights,
+    accelerated proximal gradient the gates, both from one backward pass.
 
     Attributes:
-        budget: of the whole network's multiply-accumulates the share that the network to find may
-            cost; the run ends as soon as the network that its open gates make costs no more.
+        budget: a share of the teacher's multiply-accumulates. The run ends as soon as the network
+            of the open gates costs no more than this.
         strength: λ₂.
-        weight: of the first term, beside which λ₂ has its meaning.
-        weighted: α_j is what summary gate j saves, over the mean of all; else 1.
-        target: ``soft``, the teacher's softmax at ``temperature``, as T²·KL (the paper's);
-            ``output``, its softmax at T = 1, as cross-entropy (its "network pruning"); ``truth``,
-            the label of the data set (what is usually called so).
-        held_at: ε: with ``soft``, the divergence is pushed to this value instead of to 0.
-        rate, momentum: of the gates' updates, η and μ.
+        weight: factor of the first term; the effect of λ₂ depends on it.
+        weighted: α_j is the saving of gate j over the mean saving; else α_j is 1.
+        target: ``soft``, the teacher's softmax at ``temperature``, by T²·KL (the paper's choice);
+            ``output``, the teacher's softmax at T = 1, by cross-entropy (the paper's "network
+            pruning"); ``truth``, the true label (the usual meaning of network pruning).
+        held_at: ε: with ``soft``, the divergence is driven to this value instead of to 0.
+        rate, momentum: η and μ of the gates' updates.
 
-    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number out of its
-    range, a run that does not start as the teacher, and a network that has no gates.
+    Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number outside its
+    range, a run that does not start as the teacher, and a network without gates.
     """
 
     budget: float
@@ -60,95 +57,98 @@ class GateSearch(FromTeacher):
     held_at: float = 0.0
     rate: float = 0.01
     momentum: float = 0.9
-    whole = False
+    standalone = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.target not in TARGETS:
-            raise ValueError(f"There is no target {self.target!r}, but {', '.join(TARGETS)}.")
+            raise ValueError(f"Unknown target {self.target!r}. Known: {', '.join(TARGETS)}.")
         if not 0 < self.budget < 1:
-            raise ValueError(f"A budget is a share of the teacher's cost, not {self.budget}.")
+            raise ValueError(
+                f"budget={self.budget}: give a share of the teacher's cost, between 0 and 1."
+            )
         if (
             min(self.strength, self.weight, self.rate, self.held_at) < 0
             or not 0 <= self.momentum < 1
         ):
-            raise ValueError(f"A search needs a momentum below 1, and nothing below 0: {self}.")
+            raise ValueError(f"A search needs a momentum below 1 and no number below 0: {self}.")
         if self.held_at and self.target != "soft":
-            raise ValueError(f"Only a soft target is held at a divergence, not {self.target!r}.")
+            raise ValueError(f"held_at needs the target soft, not {self.target!r}.")
 
     @property
-    def labelled(self):
+    def needs_logits(self):
         return self.target != "truth"
 
     def check(self, run):
-        if run.start != self.teacher or self.anchor != self.teacher.recipe.epochs:
-            raise ValueError(f"A search begins as its teacher: give {run} start={self.teacher}.")
+        if run.start != self.teacher or self.teacher_epoch != self.teacher.recipe.epochs:
+            raise ValueError(f"A search starts as its teacher: give {run} start={self.teacher}.")
         _refuse_without_gates(run.model)
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         return {"gates": Gates(Channels(student, x.shape[-1]), self.weighted)}
 
-    def optimizers(self, parts):
-        gates = parts["gates"]
+    def optimizers(self, modules):
+        gates = modules["gates"]
         threshold = self.rate * self.strength * gates.alpha
-        settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.channels.necks}
+        settings = {"lr": self.rate, "momentum": self.momentum}
+        settings["keep_one"] = gates.channels.keep_one
         return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
-        gates = step.parts["gates"].network
+        gates = step.aux["gates"]
         logits = self.gated(step.student, gates, step.x)
-        terms = self.imitate(logits, step.targets, step.labels)
+        terms = self.imitate(logits, step.teacher_logits, step.labels)
         sparsity = self.strength * (gates.alpha * gates.values.detach()).sum()
         return logits, {**terms, "loss": self.weight * terms["loss"], "sparsity": sparsity}
 
     def gated(self, student: AutocastNetwork, gates: Gates, x: Tensor) -> Tensor:
         """Logits of the gated network."""
-        return student.with_weights(gates(student.network), x)
+        return student.with_weights(gates(student), x)
 
-    def imitate(self, logits: Tensor, taught: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The first term of Eq. 3, or of Eq. 5; ``sparsity`` is minimised by the proximal step."""
+    def imitate(
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The first term of Eq. 3 or Eq. 5; the proximal step minimises the term ``sparsity``."""
         match self.target:
             case "soft":
-                kd = losses.kd(logits, taught, self.temperature)
+                kd = losses.kd(logits, teacher_logits, self.temperature)
                 return {"loss": (kd - self.held_at).abs() if self.held_at else kd, "kd": kd}
             case "output":
-                return {"loss": losses.imitation(logits, taught)}
+                return {"loss": losses.imitation(logits, teacher_logits)}
             case "truth":
                 return {"loss": F.cross_entropy(logits, labels)}
 
-    def joined(self, student, teacher, parts):
-        # it is the gated network that is tested
-        return {"student": partial(self.gated, student, parts["gates"].network)}
+    def composites(self, student, teacher, aux):
+        # the gated network is tested in the place of the student
+        return {"student": partial(self.gated, student, aux["gates"])}
 
-    def told(self, parts):
-        gates = parts["gates"]
+    def metrics(self, modules):
+        gates = modules["gates"]
         open_gates = int((gates.values > 0).sum())
         return {"macs": gates.macs(), "macs_share": gates.share(), "open_gates": open_gates}
 
-    def arrived(self, parts):
-        return parts["gates"].share() <= self.budget
-
-    def may_stop(self, parts, steps):
-        gates = parts["gates"]
-        an_epoch = steps * self.rate * self.strength / (1 - self.momentum) * gates.alpha
-        return gates.share(above=REACH * an_epoch) <= self.budget
+    def should_stop(self, modules, within=0):
+        gates = modules["gates"]
+        # the decrease of each gate by the penalty alone, in so many steps
+        closing = within * self.rate * self.strength / (1 - self.momentum) * gates.alpha
+        return gates.share(above=REACH * closing) <= self.budget
 
 
 @lru_cache
 def _refuse_without_gates(model: str) -> None:
     if MARK in model:
-        raise ValueError(f"{model} was found by a search itself: search in the whole network.")
+        raise ValueError(f"{model} is the result of a search. Search in the whole network instead.")
     with torch.device("meta"):
         read_channels(builder(model)(classes=2, channels=1))
 
 
-class Gates(nn.Module):
-    """A gate on every channel that a gated layer reads, 1 at first.
+class Gates(InFloat32):
+    """A gate on every input channel of a gated layer, at first 1.
 
-    To multiply a channel is to multiply the weights that read it: a convolution of a gated image is
-    the convolution by gated weights. The gate of a channel that a layer without inputs puts out
-    counts as closed, so that what is closed can be taken out without a change. Such a layer has no
-    gradient any more: it stays dead.
+    A gate multiplies the weights that read its channel, which has the same effect as to multiply
+    the channel. A layer whose gates are all closed has no inputs. The gates of the channels that it
+    computes count as closed too, so that extraction changes no logit. Such a layer has no gradient,
+    and stays closed.
 
     Attributes:
         values: the gates ``[m]``, layer by layer.
@@ -163,15 +163,15 @@ class Gates(nn.Module):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
-        # Of every reader, which layer each of its channels comes from: the last stands for none.
+        # For each reader, the number of the layer that computes each of its channels; -1 for none.
         numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
         sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
         repeats = [c.channels for r in channels.readers for c in r.inputs]
         index = torch.tensor(sources).repeat_interleave(torch.tensor(repeats))
         self.register_buffer("sources", index % (len(numbers)), persistent=False)
 
-    def forward(self, network: Staged) -> dict[str, Tensor]:
-        """The weights of the gated network that are not the network's own, by name."""
+    def forward(self, network: Staged | AutocastNetwork) -> dict[str, Tensor]:
+        """The weights of the gated network that differ from the network's own, by name."""
         scaled = {}
         for reader, gate in zip(self.channels.readers, self._effective(), strict=True):
             layer = network.get_submodule(reader.name)
@@ -184,7 +184,7 @@ class Gates(nn.Module):
         return scaled
 
     def _effective(self) -> list[Tensor]:
-        """What each reader's channels are multiplied by."""
+        """The factors of each reader's channels."""
         readers = self.channels.readers
         gates = iter(self.values.split(self.channels.sizes))
         gates = [next(gates) if reader.gated else None for reader in readers]
@@ -195,24 +195,24 @@ class Gates(nn.Module):
             for k, (gate, source) in enumerate(zip(gates, sources, strict=True)):
                 masks.append(lives[source])
                 lives[k] = (masks[k] if gate is None else masks[k] & (gate > 0)).any()
-        # Not by the gate's own sign: a closed one still has a slope, and may open again.
+        # Not masked by the gate itself: a closed gate still has a gradient, and may open again.
         return [
             mask.float() if gate is None else gate * mask
             for gate, mask in zip(gates, masks, strict=True)
         ]
 
-    def kept(self, above: Tensor | float = 0.0) -> Kept:
-        """The channels that stay where the gates above a value, or values ``[m]``, are open."""
+    def kept(self, above: Tensor | float = 0.0) -> Masks:
+        """The channels that remain if gates above this value, or these values ``[m]``, are open."""
         is_open = (self.values.detach() > above).cpu().numpy()
-        return self.channels.settle(self.channels.split(is_open))
+        return self.channels.remaining(self.channels.split(is_open))
 
     def macs(self, above: Tensor | float = 0.0) -> int:
-        """Multiply-accumulates of the network that would be extracted."""
+        """Multiply-accumulates of the network that ``kept`` describes."""
         return self.channels.macs(self.kept(above))
 
     def share(self, above: Tensor | float = 0.0) -> float:
-        """The same over those of the whole network."""
-        return self.macs(above) / self.channels.whole
+        """The same as a share of the whole network's."""
+        return self.macs(above) / self.channels.total_macs
 
 
 class AcceleratedProximal(torch.optim.Optimizer):
@@ -225,16 +225,16 @@ class AcceleratedProximal(torch.optim.Optimizer):
         threshold: a, that is η·λ₂·α, of the parameters' shape.
         lr: η, which never falls.
         momentum: μ.
-        necks: ranges of which the largest value stays as it is where all would vanish: without any
-            the network would be cut in two.
+        keep_one: ranges of parameters in which at least one must stay open, or the network would be
+            cut in two. If all would close, the largest keeps its value.
     """
 
-    # Told of half precision's scale and overflow by tensors: no host sync in a step.
+    # The scaler of half precision passes scale and overflow as tensors: the host does not wait.
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, necks=()):
+    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, keep_one=()):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.threshold, self.necks = threshold, necks
+        self.threshold, self.keep_one = threshold, keep_one
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -249,9 +249,9 @@ class AcceleratedProximal(torch.optim.Optimizer):
                 momentum = group["momentum"] * state["momentum_buffer"]
                 velocity = shrunk - gate + momentum
                 moved = (shrunk + group["momentum"] * velocity).clamp(min=0)
-                for begin, end in self.necks:
+                for begin, end in self.keep_one:
                     _keep_largest(gate[begin:end], moved[begin:end])
-                if overflow is not None:  # as if this step had not been
+                if overflow is not None:  # undo this step
                     velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)
                     moved = torch.where(overflow > 0, gate, moved)
                 state["momentum_buffer"].copy_(velocity)
@@ -259,7 +259,7 @@ class AcceleratedProximal(torch.optim.Optimizer):
 
 
 def _keep_largest(before: Tensor, after: Tensor) -> None:
-    """Where nothing is left after a step, put back the largest of before."""
+    """If a step closed all of a range, restore the largest value from before."""
     place = before.argmax().unsqueeze(0)
     after.scatter_(0, place, torch.where(after.any(), after, before)[place])
 

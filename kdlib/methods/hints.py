@@ -1,33 +1,31 @@
-"""Learn from a teacher's features: hints (FitNet), attention maps (AT), factors (FT), flows (FSP),
-selectivity (NST)."""
+"""Learn from a teacher's features: FitNet, AT, FT, FSP and NST."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import FromTeacher, OnLogits, Step
+from kdlib.methods.distill import FromTeacher, OnLogits
 from kdlib.models.names import builder, count_stages
-
-if TYPE_CHECKING:
-    from kdlib.models.precision import AutocastNetwork
-    from kdlib.runs import Recipe, Run
+from kdlib.models.precision import AutocastNetwork
+from kdlib.runs import Recipe, Run, Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnFeatures(OnLogits):
-    """Adds a weighted term of the stages' features. The teacher runs beside the student, and gives
-    its logits as well."""
+    """Adds a weighted term of the stages' features to the loss on the logits.
 
-    labelled = False
-    live = True
+    The teacher runs in every step, and so gives its logits as well.
+    """
+
+    needs_logits = False
+    needs_teacher = True
 
     def term(
         self, ours: list[Tensor], theirs: list[Tensor], step: Step
@@ -36,14 +34,14 @@ class OnFeatures(OnLogits):
         raise NotImplementedError
 
     def features(self, network: AutocastNetwork, x: Tensor) -> list[Tensor]:
-        """What ``term`` is given of a network; the last is the last stage's feature."""
+        """The features of a network for ``term``; the last is that of the last stage."""
         return network.stages(x)
 
     def loss(self, step):
         ours, theirs = (self.features(n, step.x) for n in (step.student, step.teacher))
         logits = step.student.head(ours[-1])
-        taught = step.teacher.head(theirs[-1]) if self.kd_weight else None
-        terms = self.on_logits(logits, step.labels, taught)
+        teacher_logits = step.teacher.head(theirs[-1]) if self.kd_weight else None
+        terms = self.on_logits(logits, step.labels, teacher_logits)
         name, weight, term = self.term(ours, theirs, step)
         return logits, {**terms, "loss": terms["loss"] + weight * term, name: term}
 
@@ -52,17 +50,18 @@ class OnFeatures(OnLogits):
 class Hint(OnFeatures):
     """hint_weight·mean (f_s - f_t)² of two features (FitNet, Romero et al. 2015; RCO Eq. 2).
 
-    Eq. 2 up to a constant: its sum over a feature's elements is a mean here, so that the weight
-    means the same for every network. The larger map is average-pooled to the smaller; where
-    channels differ, a 1x1 convolution that is trained along and dropped at inference maps the
-    student's to the teacher's.
+    The mean over a feature's elements replaces the sum of Eq. 2, so that one weight suits networks
+    of all sizes. The larger map is average-pooled to the smaller. Where the numbers of channels
+    differ, a 1x1 convolution maps the student's to the teacher's; it is trained with the student,
+    and not used at inference.
 
-    FitNet's first stage is a run of it with ce_weight 0; its second starts from that (``start``).
+    FitNet trains in two parts: a run with ce_weight 0, and a second run that starts from the first
+    (``Run.start``).
 
     Attributes:
-        stage: whose output is the hint, in both networks; None for their last.
+        stage: the stage of both networks whose output is the hint; None for the last.
 
-    Raises ValueError for a stage that they do not have.
+    Raises ValueError for a stage that one of the networks does not have.
     """
 
     hint_weight: float = 1.0
@@ -76,12 +75,12 @@ class Hint(OnFeatures):
                 f"{common} stages in common."
             )
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         ours, theirs = (self._hint(network.stages(x)).shape[1] for network in (student, teacher))
         return {} if ours == theirs else {"adapter": nn.Conv2d(ours, theirs, kernel_size=1)}
 
     def term(self, ours, theirs, step):
-        adapter = step.parts.get("adapter", nn.Identity())
+        adapter = step.aux.get("adapter", nn.Identity())
         pair = _to_one_size(adapter(self._hint(ours)), self._hint(theirs))
         return "hint", self.hint_weight, losses.hint(*pair)
 
@@ -93,13 +92,12 @@ class Hint(OnFeatures):
 class AttentionTransfer(OnFeatures):
     """AT: attention_weight·Σ over stages of mean (q_s - q_t)² (Zagoruyko & Komodakis 2017).
 
-    q is an image's map of mean squared activations, L2-normalised. Stages pair by their number, as
-    many as both networks have; the larger map is average-pooled to the smaller.
+    q is an image's map of mean squared activations, L2-normalised. Stages of the same number form a
+    pair, as far as both networks have them. The larger map is average-pooled to the smaller.
 
     Attributes:
-        attention_weight: β, 1,000 in the authors' code for images of 32x32. For others it is
-            multiplied by their pixels over 1,024: a mean over fewer positions of normalised maps
-            is larger by so much.
+        attention_weight: β, 1,000 in the authors' code for images of 32x32. For n pixels it is
+            multiplied by n/1,024, because the mean over a normalised map grows with 1/n.
     """
 
     attention_weight: float = 1000.0
@@ -112,21 +110,21 @@ class AttentionTransfer(OnFeatures):
 
 @dataclass(frozen=True)
 class Paraphrase(FromTeacher):
-    """FT's first step: an autoencoder of the teacher's last features, by L1 (Kim et al. 2018).
+    """FT's first part: an autoencoder of the teacher's last features, by L1 (Kim et al. 2018).
 
-    It learns beside a network that nothing moves; ``paraphrase`` makes that the teacher itself. The
-    encoder, the paper's paraphraser, gives the teacher's factor. Three convolutions each way, leaky
-    ReLU, no batch norm, as in the authors' code.
+    The encoder is the paper's paraphraser: its output is the teacher's factor. The student of such
+    a run does not change; ``paraphrase`` makes the teacher itself that student. Encoder and decoder
+    have three convolutions each, with leaky ReLU, without batch norm, as in the authors' code.
 
     Attributes:
-        rate: k, the factor's channels over the feature's.
+        rate: k, the channels of the factor over those of the feature.
     """
 
     rate: float = 0.5
-    labelled = False
-    live = True
+    needs_logits = False
+    needs_teacher = True
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         channels = teacher.stages(x)[-1].shape[1]
         widths = (channels, channels, *[max(1, round(self.rate * channels))] * 2)
         decoder = _leaky(nn.ConvTranspose2d, reversed(widths))
@@ -134,27 +132,27 @@ class Paraphrase(FromTeacher):
 
     def loss(self, step):
         *_, feature = step.teacher.stages(step.x)
-        restored = step.parts["decoder"](step.parts["encoder"](feature))
+        restored = step.aux["decoder"](step.aux["encoder"](feature))
         reconstruction = F.l1_loss(restored, feature)
         return step.teacher.head(feature), {"loss": reconstruction}
 
 
 def paraphrase(teacher: Run, recipe: Recipe, rate: float = 0.5) -> Run:
-    """The run that trains the paraphraser of a teacher, whose own weights it leaves alone."""
+    """The run that trains the paraphraser of a teacher; the teacher's weights do not change."""
     method = Paraphrase(teacher, rate=rate)
-    return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), route=False)
+    return replace(teacher, method=method, recipe=recipe, start=teacher, keep=(), save_logits=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorTransfer(OnFeatures):
     """FT: factor_weight·mean |f_s - f_t| of factors, each L2-normalised (Kim et al. 2018).
 
-    The teacher's factor is the paraphraser's, of its last stage; the student's comes from the stage
-    of the same number, or its last, by a translator: three convolutions that are trained along and
-    dropped at inference.
+    The paraphraser makes the teacher's factor from its last stage. A translator makes the student's
+    factor from the stage of the same number, or from its last: three convolutions that are trained
+    with the student, and not used at inference.
 
     Attributes:
-        paraphraser: made by ``paraphrase``.
+        paraphraser: the run that ``paraphrase`` makes.
         factor_weight: β, 500 in the authors' code.
 
     Raises ValueError where the paraphraser is not one of this teacher and epoch.
@@ -168,22 +166,22 @@ class FactorTransfer(OnFeatures):
         method = self.paraphraser.method
         if not isinstance(method, Paraphrase) or method.teacher_at(0) != self.teacher_at(0):
             raise ValueError(
-                f"{self.paraphraser} is no paraphraser of epoch {self.anchor} of {self.teacher}: "
-                f"paraphrase(teacher, recipe) makes one of its last."
+                f"{self.paraphraser} is not a paraphraser of {self.teacher}, epoch "
+                f"{self.teacher_epoch}. paraphrase(teacher, recipe) makes one of its last epoch."
             )
 
-    def frozen(self):
+    def pretrained(self):
         return {"encoder": self.paraphraser}
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         features, (*_, taught) = student.stages(x), teacher.stages(x)
         ours = features[: len(teacher.body)][-1].shape[1]
         factor = max(1, round(self.paraphraser.method.rate * taught.shape[1]))
         return {"translator": _leaky(nn.Conv2d, (ours, ours, factor, factor))}
 
     def term(self, ours, theirs, step):
-        factor = step.parts["translator"](ours[: len(theirs)][-1])
-        taught = step.frozen["encoder"](theirs[-1])
+        factor = step.aux["translator"](ours[: len(theirs)][-1])
+        taught = step.pretrained["encoder"](theirs[-1])
         return "factor", self.factor_weight, losses.factor(*_to_one_size(factor, taught))
 
 
@@ -191,11 +189,12 @@ class FactorTransfer(OnFeatures):
 class FSP(OnFeatures):
     """fsp_weight·Σ over stages of mean (G_s - G_t)² (flow of solution procedure, Yim et al. 2017).
 
-    G holds the inner products of the channels that go into a stage with those that come out of it.
-    Stages pair by their number, as many as both networks have. The authors train by this loss alone
-    first, a run with ce_weight 0, and then by the labels alone (``start``).
+    G holds the inner products of a stage's input channels with its output channels. Stages of the
+    same number form a pair, as far as both networks have them. The authors train in two parts: a
+    run by this loss alone (ce_weight 0), and a run by the labels alone that starts from the first.
 
-    Raises ValueError where channels differ: G has a place for each pair of them.
+    Raises ValueError where the networks differ in their channels, since G has one entry for each
+    pair of channels.
     """
 
     fsp_weight: float = 1.0
@@ -220,8 +219,8 @@ class FSP(OnFeatures):
 class NST(OnFeatures):
     """nst_weight·MMD² of the last stages' channels (neuron selectivity, Huang & Wang 2017).
 
-    The kernel is (x·y)² of normalised maps. Channels may differ; the larger map is average-pooled
-    to the smaller.
+    The kernel is (x·y)² of normalised maps. The numbers of channels may differ. The larger map is
+    average-pooled to the smaller.
 
     Attributes:
         nst_weight: 50, as in the authors' code.
@@ -235,14 +234,14 @@ class NST(OnFeatures):
 
 @lru_cache
 def _widths(model: str) -> list[int]:
-    """Channels of the stem's and every stage's output; nothing is computed for it."""
+    """Output channels of the stem and of every stage, without any arithmetic."""
     with torch.device("meta"):
         network = builder(model)(classes=2, channels=1).eval()
         return [f.shape[1] for f in network.features(torch.empty(1, 1, 32, 32))]
 
 
 def _leaky(layer: type[nn.Module], widths) -> nn.Sequential:
-    """3x3 layers from each width to the next, with bias, each followed by leaky ReLU."""
+    """3x3 layers with bias from each width to the next, each followed by leaky ReLU."""
     layers = []
     for inputs, outputs in pairwise(widths):
         layers += [layer(inputs, outputs, 3, padding=1), nn.LeakyReLU(0.1)]

@@ -1,4 +1,4 @@
-"""Penalties on a network that learns from labels: L1, L2, and sparse recoding of its gradients."""
+"""Penalties on a network that learns from labels: L1, L2, sparse recoding of the gradients."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from kdlib.methods.distill import Method
+from kdlib.models.precision import AutocastNetwork, InFloat32
+from kdlib.runs import Curve, Method
 
 PENALTIES = ("none", "l1", "l2", "sparse")
 
@@ -19,11 +20,11 @@ class Penalised(Method):
 
     ``l1`` and ``l2`` add weight·Σ|w| and weight/2·Σw² to the loss. ``sparse`` is this project's
     reconstruction of the sparse recoding penalty, which "penalizes the gradients directly": every
-    gradient g of a weight becomes ∇ρ(g), that is gain·g where |g| > t, else 0. Each layer has a
-    threshold t of its own, which starts at the mean magnitude of its first gradient and then
-    descends mean ρ(g) + pull·(t - mean|g|)².
+    gradient g of a weight becomes ∇ρ(g), which is gain·g where |g| > t, else 0. Each layer has its
+    own threshold t. It starts at the mean magnitude of the layer's first gradient, and then
+    minimises mean ρ(g) + pull·(t - mean|g|)² by gradient descent.
 
-    The label term is kept as a curve: its mean over each of ``bins`` times ``every`` steps.
+    The record keeps a curve of CE: ``bins`` means over ``every`` steps each.
 
     Raises ValueError for an unknown penalty, a number below 0, and a curve without bins or steps.
     """
@@ -34,26 +35,31 @@ class Penalised(Method):
     pull: float = 1.0
     bins: int = 200
     every: int = 100
-    half = False
+    reads_gradients = True
 
     def __post_init__(self):
         if min(self.bins, self.every) < 1:
-            raise ValueError(f"A curve needs a bin and a step at least: {self}.")
+            raise ValueError(f"bins and every must be at least 1: {self}.")
         if not min(self.weight, self.gain, self.pull) >= 0:
-            raise ValueError(f"No weight, gain or pull is below 0: {self}.")
+            raise ValueError(f"weight, gain and pull must be at least 0: {self}.")
         if self.penalty not in PENALTIES:
-            raise ValueError(f"There is no penalty {self.penalty!r}, but {', '.join(PENALTIES)}.")
+            raise ValueError(f"Unknown penalty {self.penalty!r}. Known: {', '.join(PENALTIES)}.")
 
-    def parts(self, student, teacher, x):
-        parts: dict[str, nn.Module] = {"curve": Curve(self.bins, self.every)}
-        if self.penalty == "sparse":
-            parts["thresholds"] = Thresholds(len(weights_of(student)))
-        return parts
+    @property
+    def curve(self):
+        return Curve("ce", self.every, self.bins)
+
+    def aux_modules(self, student, teacher, x):
+        return {"thresholds": Thresholds(len(weights_of(student)))} if self.is_sparse else {}
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.penalty == "sparse"
 
     def loss(self, step):
-        weights = weights_of(step.student.network)
-        if self.penalty == "sparse":
-            thresholds = step.parts["thresholds"].network.values
+        weights = weights_of(step.student)
+        if self.is_sparse:
+            thresholds = step.aux["thresholds"].values
             recoded = {
                 name: Recode.apply(weight, threshold, self.gain, self.pull)
                 for (name, weight), threshold in zip(weights.items(), thresholds, strict=True)
@@ -62,7 +68,6 @@ class Penalised(Method):
         else:
             logits = step.student(step.x)
         ce = F.cross_entropy(logits, step.labels)
-        step.parts["curve"].network.add(ce.detach())
         match self.penalty:
             case "l1":
                 penalty = self.weight * sum(weight.abs().sum() for weight in weights.values())
@@ -73,13 +78,13 @@ class Penalised(Method):
         return logits, {"loss": ce + penalty, "ce": ce, "penalty": penalty}
 
 
-def weights_of(network: nn.Module) -> dict[str, nn.Parameter]:
+def weights_of(network: nn.Module | AutocastNetwork) -> dict[str, nn.Parameter]:
     """Weights of convolutions and linear layers by name, without biases and batch norm."""
     return {name: p for name, p in network.named_parameters() if p.ndim > 1}
 
 
-class Thresholds(nn.Module):
-    """One threshold a layer, not a number until its first gradient."""
+class Thresholds(InFloat32):
+    """One threshold for each layer, NaN until the layer's first gradient."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -87,7 +92,7 @@ class Thresholds(nn.Module):
 
 
 class Recode(torch.autograd.Function):
-    """A weight as it is; its gradient g as ∇ρ(g), and the threshold's as ``Penalised`` says."""
+    """The identity on a weight, whose gradient g becomes ∇ρ(g); see ``Penalised``."""
 
     @staticmethod
     def forward(ctx, weight, threshold, gain, pull):
@@ -98,28 +103,9 @@ class Recode(torch.autograd.Function):
     def backward(ctx, gradient):
         size = gradient.abs()
         mean = size.mean()
-        # A tensor decides, not the host, so that the step can be captured.
+        # Decided on the device, so that the step can be captured.
         threshold = torch.where(ctx.threshold.isnan(), mean, ctx.threshold).clamp(min=0)
         ctx.threshold.data.copy_(threshold)
         beyond = size > threshold
         slope = 2 * ctx.pull * (threshold - mean) - ctx.gain * threshold * beyond.float().mean()
         return ctx.gain * gradient * beyond, slope, None, None
-
-
-class Curve(nn.Module):
-    """Sums of a loss over the steps of a run, ``every`` of them to a bin; later ones are dropped.
-
-    Buffers, so that it is saved and resumed with the weights, and no step waits for the host.
-    """
-
-    def __init__(self, bins: int, every: int):
-        super().__init__()
-        self.every = every
-        self.register_buffer("sums", torch.zeros(bins + 1))
-        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-
-    @torch.no_grad()
-    def add(self, value: Tensor) -> None:
-        bin_ = (self.steps // self.every).clamp(max=len(self.sums) - 1)
-        self.sums.index_add_(0, bin_, value.view(1))
-        self.steps += 1

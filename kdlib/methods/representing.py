@@ -1,7 +1,7 @@
-"""KR: the teacher's layers aggregated, a sparse recoding penalty, two optimizers in turn.
+"""KR: aggregated layers of the teacher, a sparse recoding penalty, two optimizers in turn.
 
-The paper's formulas are lost. What is written here is this project's reconstruction from the prose
-(docs/decisions.md, KR-g to KR-j).
+The copies of the paper at hand have lost its formulas. This is the project's reconstruction from
+the prose (docs/decisions.md, KR-g to KR-j).
 """
 
 from __future__ import annotations
@@ -9,47 +9,48 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kdlib import losses
-from kdlib.methods.distill import CrossEntropy, FromTeacher, Method, Wrapper
+from kdlib.methods.distill import FromTeacher, Wrapper
+from kdlib.models.precision import InFloat32
 from kdlib.models.staged import adapter
-
-if TYPE_CHECKING:
-    from kdlib.runs import Recipe
+from kdlib.runs import SGD, CrossEntropy, Method, Recipe
 
 THRESHOLDS = ("learned", "fixed", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KR(Wrapper, FromTeacher):
-    """Knowledge Representing: the prior and the posterior knowledge of a teacher, in turn.
+    """Knowledge Representing: learn a teacher's prior and posterior knowledge, in turn.
 
     Every step begins with an update by the prior, the sum over groups of
 
-        beta·Σ_l w_l·mean ρ(A(F_s) - F_l),
+        beta·Σ_l w_l·mean ρ(A(F_s) - F_l).
 
-    where a group is up to n neighbouring layers of the teacher, F_l their features, w_l their
-    standard deviations over the sum of these, F_s the student's layer, A an adapter that is trained
-    along, and ρ the sparse recoding penalty. Then follows an update by the posterior,
-    D + gamma·(the same penalty). Each has an optimizer, a rate and a schedule of its own.
+    A group is up to n neighbouring layers of the teacher. F_l are their features, and w_l the
+    standard deviations of the features over the sum of these. F_s is the feature of the student's
+    layer, A an adapter that is trained with the student, ρ the sparse recoding penalty. Then
+    follows an update by the posterior, D + gamma·(the same penalty). Each update has an optimizer,
+    a rate and a schedule of its own.
 
     Attributes:
-        prior: rate and schedule of the first update; epochs and batch are the student's.
-        posterior: D, what is learned from logits: CrossEntropy, KD, NST, KDGAN or another; by the
-            checkpoint of ``at``, whatever its own says.
+        prior: rate and schedule of the first update. Epochs and batch are those of the student;
+            the prior's own are ignored, but they are part of the id.
+        posterior: D, the method on logits: CrossEntropy, KD, NST, KDGAN or another. It learns from
+            the checkpoint ``at`` of KR, not from its own.
         n: 3; 4 on ImageNet.
         gain: a of ρ.
-        threshold: t of ρ: ``learned``, of each group, from the mean |A(F_s) - F_l| of the first
-            batch; ``fixed`` there; ``none``, which with ``gain`` 1 is KR-Dense.
-        pull: t descends beta·(Σ_l w_l·mean ρ + pull·(t - mean |A(F_s) - F_l|)²); without the second
-            term it would grow for ever. gamma moves no threshold.
+        threshold: t of ρ: ``learned`` for each group, from the mean |A(F_s) - F_l| of the first
+            batch; ``fixed`` at this mean; ``none``, which with ``gain`` 1 is KR-Dense.
+        pull: t minimises beta·(Σ_l w_l·mean ρ + pull·(t - mean |A(F_s) - F_l|)²) by gradient
+            descent. Without the second term t would grow without limit. gamma does not change t.
 
-    Raises ValueError for an unknown threshold, a number out of its range, and a posterior that
-    learns from another teacher, wraps a method itself or is a search; TypeError for a broken n.
+    Raises ValueError for an unknown threshold, a number outside its range, and a posterior that
+    learns from another teacher, is a Wrapper or is a search; TypeError for an n that is no integer.
     """
 
     prior: Recipe
@@ -60,21 +61,24 @@ class KR(Wrapper, FromTeacher):
     gain: float = 2.0
     threshold: str = "learned"
     pull: float = 1.0
-    live = True
+    needs_teacher = True
+    runs_teacher = True
 
     def __post_init__(self):
         super().__post_init__()
         if self.threshold not in THRESHOLDS:
-            raise ValueError(f"There is no threshold {self.threshold!r}, but {THRESHOLDS}.")
+            raise ValueError(
+                f"Unknown threshold {self.threshold!r}. Known: {', '.join(THRESHOLDS)}."
+            )
         object.__setattr__(self, "n", index(self.n))
         if self.n < 1 or not min(self.beta, self.gamma, self.gain, self.pull) >= 0:
-            raise ValueError(f"KR needs groups of one layer at least, and nothing below 0: {self}.")
-        if isinstance(self.posterior, Wrapper) or not self.posterior.whole:
-            raise ValueError(f"A posterior is a plain method, not {type(self.posterior).__name__}.")
+            raise ValueError(f"KR needs n of at least 1 and no number below 0: {self}.")
+        if isinstance(self.posterior, Wrapper) or not self.posterior.standalone:
+            raise ValueError(f"{type(self.posterior).__name__} cannot be the posterior of KR.")
         if isinstance(self.posterior, FromTeacher):
             if self.posterior.teacher != self.teacher:
                 raise ValueError(
-                    f"Prior and posterior are one teacher's: {self.teacher}, not "
+                    f"Prior and posterior must have one teacher: {self.teacher}, not "
                     f"{self.posterior.teacher}."
                 )
             object.__setattr__(self, "posterior", replace(self.posterior, at=self.at))
@@ -84,24 +88,25 @@ class KR(Wrapper, FromTeacher):
         return self.posterior
 
     @property
-    def labelled(self):
-        return self.posterior.labelled and isinstance(self.posterior, FromTeacher)
+    def needs_logits(self):
+        return self.posterior.needs_logits and isinstance(self.posterior, FromTeacher)
 
-    def parts(self, student, teacher, x):
+    def aux_modules(self, student, teacher, x):
         prior = Aggregation(student.layers(x), teacher.layers(x), self)
-        return {"prior": prior, **self.posterior.parts(student, teacher, x)}
+        return {"prior": prior, **self.posterior.aux_modules(student, teacher, x)}
 
-    def turns(self):
-        return {"prior": self.prior}
+    def optimizers(self, modules):
+        prior = SGD(self.prior, ("prior", "student"))
+        return {**self.posterior.optimizers(modules), "prior": prior}
 
-    def turn(self, name, step):
+    def extra_updates(self, step):
         prior, beyond = self.represent(step)
-        return {"prior": self.beta * prior, "beyond": beyond}
+        yield "prior", {"prior": self.beta * prior, "beyond": beyond}
 
     def represent(self, step) -> tuple[Tensor, Tensor]:
-        """The penalised distance from the teacher's layers, and the share beyond thresholds."""
+        """The penalty over all groups, and the share of residuals beyond the thresholds."""
         ours, theirs = (network.layers(step.x) for network in (step.student, step.teacher))
-        return step.parts["prior"].network(ours, theirs)
+        return step.aux["prior"](ours, theirs)
 
     def loss(self, step):
         logits, terms = self.posterior.loss(step)
@@ -109,16 +114,16 @@ class KR(Wrapper, FromTeacher):
             terms = terms | {"loss": terms["loss"] + self.gamma * self.represent(step)[0]}
         return logits, terms
 
-    def told(self, parts):
-        thresholds = parts["prior"].thresholds
-        told = {} if thresholds is None else {"threshold": thresholds.mean().item()}
-        return told | self.posterior.told(parts)
+    def metrics(self, modules):
+        thresholds = modules["prior"].thresholds
+        found = {} if thresholds is None else {"threshold": thresholds.mean().item()}
+        return found | self.posterior.metrics(modules)
 
 
 class Group(NamedTuple):
     """Neighbouring layers of a teacher's stage, and the student's layer that learns from them.
 
-    Layers count from 0, within their stage.
+    Layers are counted from 0 within their stage.
     """
 
     stage: int
@@ -126,7 +131,7 @@ class Group(NamedTuple):
     teacher: range
 
 
-class Aggregation(nn.Module):
+class Aggregation(InFloat32):
     """Adapters from a student's layers to groups of its teacher's, and a threshold for each.
 
     Args:
@@ -134,7 +139,7 @@ class Aggregation(nn.Module):
         settings: n, gain, threshold and pull.
 
     Attributes:
-        thresholds: ``[groups]``, not a number until the first batch; None without any.
+        thresholds: ``[groups]``, NaN until the first batch; None without thresholds.
     """
 
     def __init__(self, ours: list[list[Tensor]], theirs: list[list[Tensor]], settings: KR):
@@ -154,7 +159,7 @@ class Aggregation(nn.Module):
                 self.thresholds = None
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
-        """Sum over the groups of penalty and pull; to log, the share of residuals that count."""
+        """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""
         total, beyond = 0.0, []
         for k, (group, adapt) in enumerate(zip(self.groups, self.adapters, strict=True)):
             layers = torch.stack([theirs[group.stage][layer] for layer in group.teacher]).detach()
@@ -167,11 +172,11 @@ class Aggregation(nn.Module):
         return total, torch.stack(beyond).mean()
 
     def _threshold(self, k: int, residuals: Tensor, weights: Tensor):
-        """Of group k: its threshold, and how it is pulled to the mean magnitude of residuals."""
+        """The threshold of group k, and the term that pulls it to the residuals' mean magnitude."""
         if self.thresholds is None:
             return 0.0, 0.0
         mean = weights @ residuals.detach().abs().flatten(1).mean(1)
-        with torch.no_grad():  # a tensor decides, not the host, so that the step can be captured
+        with torch.no_grad():  # decided on the device, so that the step can be captured
             start = torch.where(self.thresholds[k].isnan(), mean, self.thresholds[k])
             self.thresholds[k] = start
         pull = self.settings.pull if self.settings.threshold == "learned" else 0.0
@@ -184,14 +189,14 @@ def _shapes(features: list[list[Tensor]]) -> list[list[torch.Size]]:
 
 
 def pair_layers(ours: list[list], theirs: list[list], n: int) -> list[Group]:
-    """Every stage of the teacher in groups of up to n neighbouring layers of one shape, each for a
-    layer of the student: as many groups as it has layers there, or more where n or shapes want it.
+    """Groups of up to n neighbouring layers of the teacher, each with a layer of the student.
 
-    Stages pair by their number, as many as both networks have, without the stems. Groups go to the
-    student's layers in order, the last to its last.
+    Stages of the same number form a pair, without the stems. The layers of a group have one shape.
+    A stage has as many groups as the student has layers there, or more if n or shapes need more.
+    Groups belong to the student's layers in order, the last group to the last layer.
 
     Args:
-        ours, theirs: shapes of layers, by stage, the stem's first.
+        ours, theirs: shapes of layers, by stage, those of the stem first.
     """
     groups = []
     for stage, (own, other) in enumerate(zip(ours, theirs, strict=False)):
@@ -204,13 +209,13 @@ def pair_layers(ours: list[list], theirs: list[list], n: int) -> list[Group]:
 
 
 def _alike(shapes: list) -> list[range]:
-    """Neighbours of one shape."""
+    """Ranges of neighbouring layers with one shape."""
     borders = [k for k in range(1, len(shapes)) if shapes[k] != shapes[k - 1]]
     return [range(a, b) for a, b in pairwise([0, *borders, len(shapes)])]
 
 
 def _split(layers: range, n: int, students: int) -> list[range]:
-    """As many parts as there are students, or more, so that none has more than n; longer first."""
+    """``students`` parts, or more if a part would have over n layers; longer parts first."""
     count = max(min(students, len(layers)), -(-len(layers) // n))
     borders = [layers.start + -(-k * len(layers) // count) for k in range(count + 1)]
     return [range(a, b) for a, b in pairwise(borders)]

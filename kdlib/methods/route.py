@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from kdlib.methods.distill import FromTeacher, Wrapper
-
-if TYPE_CHECKING:
-    from kdlib.runs import Run
+from kdlib.runs import Checkpoint, Run
 
 
 @dataclass(frozen=True)
@@ -18,12 +15,14 @@ class OneStage(Wrapper):
     """One-stage EEI: the teacher's checkpoint changes every ``gap`` epochs (RCO §4.4).
 
     The student's first ``gap`` epochs learn from the teacher's epoch ``gap``, the next from its
-    epoch ``2 * gap``, and so on; what is beyond the teacher's end is its end. The learning rate
-    goes on as if nothing had happened.
+    epoch ``2 * gap``, and so on, up to the teacher's last epoch. The learning rate does not begin
+    again.
 
     Attributes:
-        method: what is learned from each checkpoint, such as ``KD(teacher)``.
+        method: how to learn from each checkpoint, such as ``KD(teacher)``.
         gap: M_gap, in epochs.
+
+    Raises ValueError for a gap that is not a whole number of at least 1.
     """
 
     method: FromTeacher
@@ -32,11 +31,11 @@ class OneStage(Wrapper):
     def __post_init__(self):
         if self.gap < 1 or self.gap != int(self.gap):
             raise ValueError(
-                f"A gap of {self.gap} epochs: a whole number is needed, one at least. Below one, "
-                f"teacher and student step together, which is RocketLaunching."
+                f"gap={self.gap}: give a whole number of epochs, at least 1. A gap of one step, "
+                f"with the teacher in training beside the student, is RocketLaunching."
             )
         object.__setattr__(self, "gap", int(self.gap))
-        # which checkpoint the method itself names makes no difference, and so no other id
+        # The method's own checkpoint makes no difference, so it must not change the id.
         object.__setattr__(self, "method", replace(self.method, at=None))
 
     @property
@@ -45,41 +44,44 @@ class OneStage(Wrapper):
 
     def teacher_at(self, epoch):
         teacher = self.method.teacher
-        return teacher, min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+        at = min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+        return Checkpoint(teacher, at)
 
 
 def multi_stage(student: Run, anchors: Iterable[int]) -> list[Run]:
-    """A full training for every anchor, each starting from the last one's weights (Algorithm 1).
+    """A full training for every anchor, each from the weights of the one before (Algorithm 1).
 
-    Optimizer and schedule begin anew with every anchor.
+    Optimizer and schedule begin again with every anchor.
 
     Args:
-        student: what to train at each stage; its method learns from a teacher. Where it has a
-            start, the first stage begins there.
+        student: the run of one stage; its method learns from a teacher. Where it has a ``start``,
+            the first stage starts there.
         anchors: the teacher's epochs, first to last.
     """
     stages: list[Run] = []
     for anchor in anchors:
-        stages.append(following(student, stages[-1] if stages else None, anchor))
+        stages.append(next_stage(student, stages[-1] if stages else None, anchor))
     return stages
 
 
-def following(student: Run, before: Run | None, anchor: int) -> Run:
-    """The stage of ``anchor``, after the stage ``before``; of it the last weights alone are kept.
+def next_stage(student: Run, before: Run | None, anchor: int) -> Run:
+    """The stage of ``anchor``, after the stage ``before``. It keeps only its last weights.
 
     Raises ValueError where the student's method does not learn from one checkpoint of a teacher.
     """
     if not isinstance(student.method, FromTeacher):
-        raise ValueError(f"{student} has no checkpoint to learn from: give it KD(teacher), say.")
+        raise ValueError(
+            f"{student} does not learn from a checkpoint. Give it a method such as KD(teacher)."
+        )
     method = replace(student.method, at=anchor)
     return replace(student, method=method, start=before or student.start, keep=())
 
 
 def hardness(divergence: Mapping[int, float], anchor: int) -> dict[int, float]:
-    """r_ij of Eq. 6 for all epochs j past the anchor i: (H_j - H_i) / H_i.
+    """r_ij of Eq. 6 for all epochs j after the anchor i: (H_j - H_i) / H_i.
 
     Args:
-        divergence: H by the teacher's epoch: its divergence from a student of the anchor.
+        divergence: H by the teacher's epoch: the divergence from a student of the anchor.
     """
     own = divergence[anchor]
     return {
@@ -95,19 +97,21 @@ def next_anchor(
     delta: float = 0.8,
     candidates: Iterable[int] | None = None,
 ) -> int:
-    """Greedy search (Algorithm 2): the last epoch before the first that is too hard, r_ij > δ.
+    """Greedy search (Algorithm 2): the last epoch before the first one that is too hard, r_ij > δ.
 
-    Where that is the anchor itself, the next epoch, so that the search moves on; where no epoch is
-    too hard, the last, N. The last is never tested (``while j < N``).
+    If this is the anchor itself, the next epoch, so that the search advances. If no epoch is too
+    hard, the last, N, which is never tested (``while j < N``).
 
     Args:
-        divergence: H by the teacher's epoch, 1 to N.
-        anchor: i, whose student H belongs to.
-        candidates: the epochs that may be anchors; None for all. N always may.
+        divergence: H by the teacher's epoch, 1 to N, from the student of the anchor.
+        anchor: i.
+        candidates: the epochs that may be anchors; None for all. N may always be one.
+
+    Raises ValueError where the anchor is the last epoch.
     """
     last = max(divergence)
     if anchor >= last:
-        raise ValueError(f"Nothing follows epoch {anchor}: the teacher has {last}.")
+        raise ValueError(f"No anchor follows epoch {anchor}: it is the teacher's last.")
     allowed = range(1, last) if candidates is None else sorted(candidates)
     later = [j for j in allowed if anchor < j < last] + [last]
     hard = (j for j, r in hardness(divergence, anchor).items() if j < last and r > delta)

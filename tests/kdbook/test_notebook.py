@@ -1,10 +1,18 @@
+"""Helpers of the notebooks, and the rule where notebooks import from."""
+
+import ast
+
+import nbformat
+import numpy as np
 import pytest
+import torch
 
-from kdbook.notebook import check, show
-from kdlib import losses
+from kdbook.notebook import check, logits_on_test, show
+from kdlib import load_data, losses, measure, train
+from kdlib.files import ROOT
 
 
-def test_the_librarys_own_source_is_shown():
+def test_source_code_is_shown():
     shown = show(losses.kd, losses.hint).data
     assert shown.count("```python\ndef ") == 2
     assert "F.kl_div" in shown
@@ -24,6 +32,33 @@ def test_a_wrong_answer_gets_the_hint(answer, expected):
         check(answer, expected, hint="Think of the temperature.")
 
 
-def test_an_open_exercise_stops_nothing(capsys):
+def test_an_exercise_without_an_answer_stops_nothing(capsys):
     check(None, 3, hint="Think.")
     assert capsys.readouterr().out == "Not answered yet.\n"
+
+
+def test_logits_on_test_are_those_of_the_model(tiny):
+    trained = train([tiny(keep=(1,))])[0]
+    test = load_data("digits", "test").first(30)
+    for epoch in (1, None):
+        table = measure(trained, logits_on_test, count=30, epoch=epoch)
+        logits = trained.model(epoch)(test.batch(torch.arange(30)))
+        assert table.label.tolist() == test.labels.tolist()
+        np.testing.assert_allclose(table.drop(columns="label"), logits, rtol=1e-5, atol=1e-6)
+
+
+def project_imports(path):
+    """The modules of this project that the code cells of a notebook import from."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and "install" not in cell.metadata.get("tags", []):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.ImportFrom):
+                    yield node.module
+                if isinstance(node, ast.Import):
+                    yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/**/*.ipynb")), ids=lambda p: p.stem)
+def test_a_notebook_imports_from_kdlib_and_kdbook_only(path):
+    own = {name for name in project_imports(path) if name.split(".")[0] in ("kdlib", "kdbook")}
+    assert own <= {"kdlib", "kdbook"}

@@ -20,7 +20,7 @@ def at_random(channels, closed, seed):
 
 
 def settled(channels, flat):
-    return channels.settle(channels.split(flat))
+    return channels.remaining(channels.split(flat))
 
 
 def without(channels, *gates):
@@ -40,7 +40,7 @@ def cost(network, channels, kept, size=8):
 @pytest.mark.parametrize("name", [*SMALL, "resnet8-x0.25", BOTTLENECKS])
 def test_the_cost_is_that_of_the_network_that_is_left(name, size, closed):
     network, channels = channels_of(name, size)
-    assert channels.whole == count_cost(network, size).macs
+    assert channels.total_macs == count_cost(network, size).macs
     kept = settled(channels, at_random(channels, closed, seed=1))
     if kept[channels.readers[-1].name].any():
         assert channels.macs(kept) == cost(network, channels, kept, size)
@@ -54,7 +54,7 @@ def test_the_cost_never_rises_as_gates_close_one_by_one(name):
     order = np.random.default_rng(0).permutation(sum(channels.sizes))
     costs = [channels.macs(without(channels, *order[:k])) for k in range(len(order) + 1)]
     assert (np.diff(costs) <= 0).all()
-    assert costs[0] == channels.whole
+    assert costs[0] == channels.total_macs
     assert (costs[-1] == 0) == (not name.startswith("resnet"))
 
 
@@ -67,8 +67,8 @@ def test_the_paper_s_teacher_has_its_gates_and_its_cost():
         counts[kind if kind in counts else "transition"] += reader.channels
     assert counts == {"conv1": 8832, "conv2": 2304, "transition": 516}
     assert [r.channels for r in channels.readers if not r.gated] == [3, 342]
-    assert channels.whole == count_cost(network, 32).macs
-    assert channels.whole / 1e6 == pytest.approx(287.9, abs=0.05)
+    assert channels.total_macs == count_cost(network, 32).macs
+    assert channels.total_macs / 1e6 == pytest.approx(287.9, abs=0.05)
 
 
 # --- what a gate saves ----------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_a_gate_saves_what_the_network_costs_less_without_its_channel(name):
         begin += reader.channels
         if reader.name.endswith(LOOKED_AT.get(name, "")) and reader.channels > 1:
             left = cost(network, channels, without(channels, gate))
-            assert channels.whole - left == savings[gate], reader.name
+            assert channels.total_macs - left == savings[gate], reader.name
 
 
 def test_gates_of_a_densenet_save_the_same_but_where_an_output_dies():
@@ -98,9 +98,9 @@ def test_gates_of_a_densenet_save_the_same_but_where_an_output_dies():
     for reader in channels.gated:
         for connection in reader.inputs:
             for k in range(connection.channels):
-                saved = channels.whole - channels.macs(without(channels, gate))
+                saved = channels.total_macs - channels.macs(without(channels, gate))
                 if k == 0:
-                    assert saved == channels.whole - cost(
+                    assert saved == channels.total_macs - cost(
                         network, channels, without(channels, gate)
                     )
                 if saved != savings[gate]:
@@ -148,7 +148,7 @@ def test_random_gates_of_the_paper_s_teacher_save_this_in_the_network_without_th
     for gates in kinds.values():
         gate = random.choice(gates)
         left = cost(network, channels, without(channels, gate), 32)
-        assert channels.whole - left == savings[gate]
+        assert channels.total_macs - left == savings[gate]
 
 
 # --- who stays ------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_what_settled_once_stays_as_it_is():
     _, channels = channels_of("densenet-bc-22-4")
     for seed in range(5):
         kept = settled(channels, at_random(channels, 0.6, seed))
-        again = channels.settle(kept)
+        again = channels.remaining(kept)
         assert all((again[name] == kept[name]).all() for name in kept)
 
 
@@ -208,18 +208,38 @@ def test_nothing_is_computed_to_count():
     with torch.device("meta"):
         network = build_model("densenet-bc-16-4", 5, 1)
     _, channels = channels_of("densenet-bc-16-4")
-    assert Channels(network, 8).whole == channels.whole
+    assert Channels(network, 8).total_macs == channels.total_macs
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("wrn-10-1-x0.25", "Block, which body.0.0 is"),
-        ("googlenet-x0.05", "Inception, which body.0.0 is"),
-        ("shufflenetv2-x0.1", "Unit, which body.0.0 is"),
-        ("mobilenetv2-x0.1", "InvertedResidual, which body.0.0 is"),
+        ("wrn-10-1-x0.25", "Block"),
+        ("googlenet-x0.05", "Inception"),
+        ("shufflenetv2-x0.1", "Unit"),
+        ("mobilenetv2-x0.1", "InvertedResidual"),
     ],
 )
 def test_networks_without_gates_are_refused_by_their_first_strange_layer(name, kind):
-    with pytest.raises(ValueError, match=f"There are no gates for a {kind}"):
+    with pytest.raises(ValueError, match=f"body.0.0 is a layer of kind {kind}"):
         read_channels(build_model(name, 5, 1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet8-x0.25", []),
+        ("densenet-bc-16-4", [("body.1.2", 8), ("body.2.2", 8)]),  # transitions read the stem's 8
+        ("vgg13-x0.06", None),
+    ],
+)
+def test_one_gate_must_stay_open_where_no_other_path_is_left(name, expected):
+    _, channels = channels_of(name)
+    begins = np.cumsum([0, *channels.sizes]).tolist()
+    names = dict(zip(begins, [reader.name for reader in channels.gated], strict=False))
+    got = [(names[begin], end - begin) for begin, end in channels.keep_one]
+    assert got == ([(r.name, r.channels) for r in channels.gated] if expected is None else expected)
+    for begin, _ in channels.keep_one:
+        closed = range(begin, begin + channels.sizes[list(names).index(begin)])
+        assert channels.macs(without(channels, *closed)) == 0
+        assert channels.macs(without(channels, *closed[1:])) > 0

@@ -1,0 +1,56 @@
+"""Evaluation of networks on test images, and their logits on validation images."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdlib import losses
+from kdlib.data import Images
+from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.plan import validation
+
+# Images in one chunk: as many as fit a CPU's cache, or fill a GPU.
+CHUNK = {"cpu": 128, "cuda": 2000}
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def evaluate(
+    classifiers: Mapping[str, Classifier], images: Images, teacher: LogitCache | None
+) -> dict[str, float]:
+    """Test accuracy in %, mean cross-entropy and, given a teacher, mean KL to it at τ = 1.
+
+    Names are ``test_top1``, ``test_ce`` and ``test_kl`` for the classifier ``student``, and
+    ``test_<name>_top1`` and so on for the others.
+    """
+    device = images.device
+    sums = torch.zeros(len(classifiers), 3, device=device)
+    chunk = CHUNK[device.type]
+    # The cache looks up its images on the host.
+    everywhere = (torch.arange(len(images), device=place) for place in (device, "cpu"))
+    for index, on_host in zip(*(i.split(chunk) for i in everywhere), strict=True):
+        x, labels = images.batch(index), images.labels[index]
+        for total, classifier in zip(sums, classifiers.values(), strict=True):
+            logits = classifier(x)
+            total[0] += (logits.argmax(1) == labels).sum()
+            total[1] += F.cross_entropy(logits, labels, reduction="sum")
+            if teacher:
+                taught = teacher.logits(on_host, torch.full_like(on_host, images.centre))
+                total[2] += len(index) * losses.kd(logits, taught.float(), temperature=1)
+    row = {}
+    for name, (top1, ce, kl) in zip(classifiers, (sums / len(images)).tolist(), strict=True):
+        prefix = "test" if name == "student" else f"test_{name}"
+        row |= {f"{prefix}_top1": 100 * top1, f"{prefix}_ce": ce}
+        row |= {f"{prefix}_kl": kl} if teacher else {}
+    return row
+
+
+@torch.no_grad()
+def validation_logits(student: Classifier, images: Images) -> Tensor:
+    """Logits ``[validation images, classes]`` of the fixed fifth of the training images."""
+    index = validation(len(images)).to(images.device)
+    chunks = index.split(CHUNK[images.device.type])
+    return torch.cat([student(images.batch(i)) for i in chunks])

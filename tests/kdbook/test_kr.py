@@ -1,0 +1,73 @@
+"""KR's tables, against numpy."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kdbook.kr import kernel_sparsity, kernels, training_curve
+from kdlib import Penalised, train
+
+
+def test_a_curve_is_read_from_the_record():
+    curve = {"every": 4, "ce": [2.5, 1.25, 0.5]}
+    table = training_curve(SimpleNamespace(summary={"curve": curve}))
+    assert [*table.columns] == ["iteration", "ce"]
+    assert table.iteration.tolist() == [4, 8, 12]
+    assert table.ce.tolist() == [2.5, 1.25, 0.5]
+
+
+def test_a_curve_has_the_mean_of_each_whole_bin(tiny):
+    run = tiny(epochs=2, model="lenet", method=Penalised(bins=10, every=3), lr=0.01)
+    table = training_curve(train([run])[0])  # ten steps of 24 images
+    assert table.iteration.tolist() == [3, 6, 9]
+    assert (table.ce > 0).all()
+
+
+def test_a_run_without_a_curve_is_refused(tiny):
+    trained = train([tiny(epochs=1, model="lenet")])[0]
+    with pytest.raises(ValueError, match=r"no curve. Train with Penalised\(\)"):
+        training_curve(trained)
+
+
+@pytest.fixture
+def lenet(tiny):
+    """A trained LeNet and the weights of its convolutions."""
+    trained = train([tiny(epochs=1, model="lenet", method=Penalised())])[0]
+    return trained, [w.detach().numpy() for w in trained.model().parameters() if w.ndim == 4]
+
+
+def test_kernels_are_a_table_of_the_weights_of_one_convolution(lenet):
+    trained, weights = lenet
+    for layer, expected in enumerate(weights):
+        table = kernels(trained, layer)
+        assert [*table.columns] == ["output", "input", "row", "column", "weight"]
+        places = table[["output", "input", "row", "column"]]
+        assert not places.duplicated().any()
+        assert (places.max() + 1).tolist() == [*expected.shape]
+        found = expected[tuple(places.to_numpy().T)]
+        np.testing.assert_allclose(table.weight, found, atol=6e-6)
+
+
+def test_sparsity_is_counted_for_each_convolution(lenet):
+    trained, weights = lenet
+    table = kernel_sparsity(trained)
+    assert table.layer.tolist() == ["stem.0.weight", "body.0.0.weight"]
+    assert table.weights.tolist() == [w.size for w in weights] == [150, 2400]
+    counts = [int((np.abs(w) < np.abs(w).max() / 100).sum()) for w in weights]
+    assert table.negligible.tolist() == counts
+    assert counts[1] > 0
+    for measured, w in zip(table.hoyer, weights, strict=True):
+        norm, root = np.sqrt((w.astype(float) ** 2).sum()), np.sqrt(w.size)
+        by_hand = (root - np.abs(w).sum() / norm) / (root - 1)
+        assert measured == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_l1_makes_more_negligible_weights_than_no_penalty(tiny):
+    """A step of ±weight never rests at 0, only near 0."""
+    counts = []
+    for penalty in ("none", "l1"):
+        method = Penalised(penalty=penalty, weight=0.01)
+        trained = train([tiny(epochs=12, model="lenet", lr=0.02, method=method)])[0]
+        counts.append(kernel_sparsity(trained).negligible.sum())
+    assert counts[1] > 2 * counts[0]
