@@ -37,7 +37,7 @@ SOURCES = {
 ROOMS = [
     ("errors", "files"),
     ("losses", "data", "models"),
-    *(("runs",), ("methods",), ("store",), ("engine",), ("chains",), ("kdlib",)),
+    *(("description", "runs"), ("methods",), ("store",), ("engine",), ("chains",), ("kdlib",)),
 ]
 
 

@@ -15,6 +15,7 @@ from kdbook.cli.forecast import table
 from kdbook.cli.notebooks import ROOT, all_notebooks
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdlib import files
+from kdlib.engine.pool import PARALLEL
 from kdlib.errors import KdlibError, UnknownName
 
 DESCRIPTION = f"""\
@@ -46,7 +47,8 @@ environment variables:
                         the same as --parallel and --keep-route
   KDLIB_COMPILE         compile the students on a GPU: never, always, or auto (default: runs of
                         50,000 steps or more)
-  KDLIB_DETERMINISTIC   1: two equal runs on the same GPU model agree in every bit; slower
+  KDLIB_DETERMINISTIC   1: use the same GPU kernels in every run; two equal runs on one machine then
+                        agree in every bit, but training is slower
 """
 
 
@@ -114,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         },
         "--parallel": {
             "type": positive, "metavar": "N",
-            "help": "train N students of a notebook in parallel (default: 1 on a CPU; on a GPU as "
-            "many as memory and measured speed allow)",
+            "help": f"train N students of a notebook in parallel (default: {PARALLEL['cpu']} on a "
+            f"CPU, {PARALLEL['cuda']} on a GPU; fewer if memory runs out)",
         },
         "--keep-route": {
             "type": positive, "metavar": "N",
