@@ -84,15 +84,11 @@ def train_by_hand(run, losses, *groups):
     """
     images, optimizers = digits(run), []
     for recipe, members in groups:
-        members = [[m] if isinstance(m, torch.nn.Parameter) else [*m.parameters()] for m in members]
-        optimizers.append(
-            torch.optim.SGD(
-                sum(members, []),
-                lr=recipe.lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-            )
-        )
+        modules = [m for m in members if isinstance(m, torch.nn.Module)]
+        parameters = [m for m in members if isinstance(m, torch.nn.Parameter)]
+        parameters += [p for module in modules for p in module.parameters()]
+        settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        optimizers.append(torch.optim.SGD(parameters, recipe.lr, **settings))
     for epoch, index, view in batches(run, images):
         for optimizer, (recipe, _) in zip(optimizers, groups, strict=True):
             falls = sum(epoch >= milestone for milestone in recipe.milestones)

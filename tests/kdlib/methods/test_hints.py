@@ -8,11 +8,11 @@ from by_hand import (
     WITH_KD,
     assert_same_weights,
     assert_same_with_gradients,
+    evaluation,
     first_student,
     on_logits,
     seeded,
     stage_outputs,
-    evaluation,
     to_one_size,
     train_by_hand,
 )
