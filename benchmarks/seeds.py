@@ -43,7 +43,8 @@ def forward_macs(run: Run) -> int:
 
 @cache
 def macs_per_image(model: str, side: int, channels: int) -> int:
-    return count_cost(build_model(model, 100, channels, seed=0), side).macs
+    base = model.partition("@")[0]  # no search has found the architecture yet: count its base
+    return count_cost(build_model(base, 100, channels, seed=0), side).macs
 
 
 def costs(runs: list[Run]) -> dict[str, float]:
