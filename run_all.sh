@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Set up if needed, then regenerate every table and figure of one profile. See --help.
+# Create the Python environment if needed, then run the notebooks of one profile. See --help.
 source "$(dirname "$0")/workflow/environment.sh"
-exec "$PYTHON" "$ROOT/workflow/run_all.py" "$@"
+# -P: import this checkout, also if the current folder is another one.
+exec "$PYTHON" -P -m kdbook.cli.run_all "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up if needed, then lint, unit tests, and every notebook through nbval.
-#   ./run_tests.sh [lint|unit|notebooks ...]      all three without arguments
+# Create the Python environment if needed, then run the linter, the unit tests and all notebooks.
+#   ./run_tests.sh [lint|unit|notebooks ...]      all three parts if none is given
 source "$(dirname "$0")/workflow/environment.sh"
 cd "$ROOT"
 parts=("$@")
@@ -14,8 +14,8 @@ for part in "${parts[@]}"; do
     unit)
       "$PYTHON" -m pytest -q tests ;;
     notebooks)
-      # One store for all of them, so that a teacher is trained once; gone afterwards. Chapters run
-      # side by side, a core each: a network as small as smoke's gains nothing from a second one.
+      # All notebooks share one temporary store, so that each teacher is trained once. The chapters
+      # run in parallel with one core each: the small networks of smoke do not profit from a second.
       scratch=$(mktemp -d)
       trap 'rm -rf "$scratch"' EXIT
       printf '%s\n' notebooks/rco notebooks/kr notebooks/search notebooks/stc notebooks/*.ipynb |
@@ -24,6 +24,6 @@ for part in "${parts[@]}"; do
         "$PYTHON" -m pytest -q -p tests.nbval_sockets --nbval-lax --nbval-current-env \
         --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=180 \
         --nbval-sanitize-with=tests/nbval_sanitize.cfg ;;
-    *) die "unknown part '$part': lint, unit or notebooks" ;;
+    *) die "Unknown part '$part'. Use lint, unit or notebooks." ;;
   esac
 done

@@ -1,10 +1,12 @@
-"""Speed of kdlib beside the field's usual code; what all programs here share.
+"""Options, timing and tables that all benchmarks share.
 
-A shared machine's speeds drift, so a single figure means little. All contenders of a case take
-turns (A B C, A B C, …), a ratio is taken within a round, and its median and range are reported.
+The speed of a shared machine changes over time, so one measurement means little. All contenders of
+a case take turns (A B C, A B C, …). A ratio compares two contenders of the same round. The report
+has its median and its range.
 """
 
 import argparse
+import ast
 import math
 import os
 import re
@@ -24,34 +26,37 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BY_CPU_TIME = ", by CPU time"
 MARKER = "<!-- results -->"
-# Programs whose results stand in README.md, in this order.
-MAIN = ("training", "parity", "lanes", "roofline", "seeds")
+# Programs whose results are in benchmarks/README.md, in this order.
+MAIN = ("training", "parity", "parallel", "roofline", "seeds")
 
 
 def arguments(doc: str, **own: dict) -> argparse.Namespace:
-    """The options that every program takes, and its own; ``device`` becomes a torch device."""
+    """Parse the options of every program and those in ``own``; ``device`` is a torch device."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder for CSVs and pictures, written over"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder of CSVs and pictures; old files are replaced",
     )
-    parser.add_argument("--write", action="store_true", help="put the CSVs' tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into the README files")
     for name, settings in own.items():
         parser.add_argument(f"--{name}", **settings)
     options = parser.parse_args()
     if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it takes 1 or more.")
+        parser.error(f"--rounds {options.rounds}: give 1 or more.")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here.")
+        parser.error("--device cuda: this machine has no GPU that torch can use.")
     options.device = pick_device(options.device)
     return options
 
 
 class Turn(NamedTuple):
-    """One turn of a contender: images done, seconds that passed, CPU seconds of this process."""
+    """One turn of a contender: images, wall-clock seconds, CPU seconds of this process."""
 
     images: int
     wall: float
@@ -59,7 +64,7 @@ class Turn(NamedTuple):
 
 
 def timed(work: Callable[[], None], images: int, device: torch.device) -> Turn:
-    """Do ``work``, which handles so many images; the device's part counts."""
+    """Time ``work``, which processes ``images`` images, until the device has finished."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -79,11 +84,12 @@ def compare(
     options: argparse.Namespace,
     speeds: Mapping[str, float | None] = MappingProxyType({}),
 ) -> Iterator[dict]:
-    """One row per quantity and round: images/s of the contenders in turn, and their ratios.
+    """Rows with images/s of each contender and their ratios, one per quantity and round.
 
     Args:
-        ratios: (faster, slower) and the least value that the project aims at.
-        speeds: contenders and the least images/s that it aims at.
+        contenders: by name, a function that runs one turn.
+        ratios: (faster, slower) and the target, the least value that the project wants.
+        speeds: contenders and the least images/s that the project wants.
     """
     for k in range(options.rounds):
         turns = {}
@@ -104,7 +110,7 @@ def row(case: str, quantity: str, value: float, k: int = 0, target: float | None
 
 
 def report(program: str, rows: list[dict], options: argparse.Namespace) -> None:
-    """Print the table, write the CSV and, where asked, the README's results."""
+    """Print the table, write the CSV and, with ``--write``, the README files."""
     about = environment(options.device, training_dtype(options.device))
     table = pd.DataFrame(rows).astype({"target": float})
     table["machine"] = "{device}, threads: {threads}, torch {torch}, Python {python}".format(
@@ -118,9 +124,9 @@ def report(program: str, rows: list[dict], options: argparse.Namespace) -> None:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """Cases against quantities: median, range over the rounds, what was aimed at.
+    """A Markdown table of cases and quantities: median, range over the rounds, target.
 
-    What is by CPU time stays in the CSV. The shorter axis goes across.
+    The shorter axis is horizontal. Ratios by CPU time are only in the CSV.
     """
     table = table[~table.quantity.str.endswith(BY_CPU_TIME)]
     cells = {
@@ -140,13 +146,14 @@ def _cell(values: pd.Series, target: float) -> str:
     text = short(values.median())
     if len(values) > 1:
         text += f" ({short(values.min())} – {short(values.max())})"
-    if pd.isna(target):
-        return text
-    return f"{text}, {'aim' if values.median() >= target else '**missed**:'} ≥ {short(target)}"
+    if pd.notna(target):
+        verdict = "met" if values.median() >= target else "**missed**"
+        text += f", target ≥ {short(target)}: {verdict}"
+    return text
 
 
 def save_picture(program: str, figure: Figure, options: argparse.Namespace) -> None:
-    """A program's picture, beside its CSV."""
+    """Save the picture of a program beside its CSV."""
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / f"{program}-{options.device.type}.png", dpi=150)
 
@@ -160,23 +167,26 @@ def short(value: float) -> str:
 
 
 def fill_readme(out: Path) -> None:
-    """Put all CSVs and pictures in ``out`` into its README.md, and the main ones into ours."""
-    everything, main = ["# All results", "What is measured: [benchmarks](../README.md)."], []
+    """Write the results in ``out`` to its README.md, and the main ones to benchmarks/README.md."""
+    about = "[benchmarks](../README.md) explains the programs and the quantities."
+    everything, main = ["# All results", about], []
     for path in sorted(out.glob("*.csv"), key=_place):
         table = pd.read_csv(path)
         program, _, device = path.stem.partition("-")
         machine = table.machine.iloc[0]
         threads = re.search(r"threads: (\d+)", machine)[1]
         setting = f"OMP_NUM_THREADS={threads} " if device == "cpu" else ""
-        head = f"`{setting}python -m benchmarks.{program} --device {device}` on {machine}:"
-        parts = [f"**{program}**: {head}", as_markdown(table)]
+        command = f"`{setting}python -m benchmarks.{program} --device {device}`"
+        title = ast.get_docstring(ast.parse((HERE / f"{program}.py").read_text())).splitlines()[0]
+        head = f"### {program}\n\n{title} Command: {command}. Machine: {machine}."
+        parts = [head, as_markdown(table)]
         if (picture := path.with_suffix(".png")).exists():
             parts.append(f"![{program}]({picture.name})")
         everything += parts
         if program in MAIN:
             where = os.path.relpath(out, HERE)
-            # a picture says what its table does
-            short = [parts[0], parts[-1].replace("](", f"]({where}/")]
+            # The picture shows the same as the table.
+            short = [head, parts[-1].replace("](", f"]({where}/")]
             main += short if len(parts) > 2 else parts
     (out / "README.md").write_text("\n\n".join(everything) + "\n")
     readme = HERE / "README.md"

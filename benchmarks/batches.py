@@ -1,14 +1,14 @@
-"""Making batches: ``Images.batch`` beside the field's pipeline, in images/s of one CPU core.
+"""Speed of augmented batches: ``Images.batch`` and torchvision's pipeline on one CPU core.
 
-- pipeline: PIL image from the array, RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor,
-  Normalize for every item, collated by a DataLoader without workers;
-- transforms: the same transforms alone, on PIL images that lie ready in memory;
-- kdlib: an epoch's plan and one gather per batch.
+- pipeline: for each image a PIL image from the array, RandomCrop(32, padding=4),
+  RandomHorizontalFlip, ToTensor and Normalize; a DataLoader without workers makes the batches.
+- transforms: the same transforms alone, on PIL images that are already in memory.
+- kdlib: the plan of an epoch and one gather per batch.
 
-The random pixels are CIFAR's size and number of channels; the work does not depend on what they
-show. With ``--device cuda`` the pipeline ends with the copy to the GPU, and kdlib's gather runs
-there, driven by one core. "largest difference" compares one batch of ``Images.batch`` with
-torchvision's own operations at the same crops and flips, in normalised units.
+The images have random pixels, and CIFAR's size and channels. The work does not depend on the
+pixels. With ``--device cuda`` the pipeline includes the copy to the GPU, and kdlib's gather runs on
+the GPU, started by one core. "largest difference" compares one batch of ``Images.batch`` with
+torchvision's operations for the same crops and flips, in normalised units.
 """
 
 import torch
@@ -23,12 +23,12 @@ from kdlib.engine import plan
 
 COUNT = 10_000
 BATCHES = (64, 512)
-KDLIB_EPOCHS = 20  # one would be over too soon to time
+KDLIB_EPOCHS = 20  # one epoch is too short to time
 RATIOS = {("kdlib", "pipeline"): 40.0, ("kdlib", "transforms"): None}
 
 
 def noise(count: int, device: torch.device) -> Images:
-    """Random pixels as a data set of CIFAR's shape."""
+    """A data set of random pixels with CIFAR's shape."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
     return Images(
@@ -45,7 +45,7 @@ def noise(count: int, device: torch.device) -> Images:
 
 
 def contenders(images: Images, batch: int) -> dict:
-    """By name a function that makes batches of all images."""
+    """By name, a function that makes batches of all images."""
     device, count = images.device, len(images)
     loader = DataLoader(PilData(images), batch, shuffle=True)
     ready = [Image.fromarray(pixels) for pixels in unpadded(images)]

@@ -1,10 +1,10 @@
-"""How fast a network could be: its work, counted, against what a machine can do at best.
+"""An upper bound on a network's speed, from its counted work and the limits of the machine.
 
-Work is counted on one forward pass of shapes alone, operation by operation as torch dispatches
-them. How often an operation's inputs and outputs then go through memory, forward and backward, and
-by how many kernels, stands in the tables below. Every operation is taken to read from memory what
-it needs and to write what it makes: a cache that keeps a small batch's activations beats the bound,
-so that a share of it can exceed 1. Bytes of weights are in, those of images and losses are not.
+We count the operations of one forward pass on shapes alone, as torch dispatches them. The tables
+below say how often the inputs and outputs of an operation pass through memory, forward and
+backward, and in how many kernels. We assume that each operation reads its inputs from memory and
+writes its outputs to memory. A processor cache that keeps the activations of a small batch can
+therefore exceed the bound. Bytes of weights count; bytes of images and losses do not.
 """
 
 import copy
@@ -18,15 +18,15 @@ from benchmarks.ceilings import Ceilings
 
 
 class Passes(NamedTuple):
-    """How often all inputs and outputs of an operation are read or written, in how many kernels."""
+    """How often inputs and outputs of an operation pass through memory, and in how many kernels."""
 
     inputs: int | float
     outputs: int
     kernels: int
 
 
-# Of a training step. A convolution: forward, gradient of the weights, gradient of the input. Batch
-# norm: statistics, normalisation; two sums, gradient. What has two gradients is added up once.
+# A training step. Convolution: forward, gradient of the weights, gradient of the input. Batch norm:
+# statistics, normalisation; two sums, gradient. A tensor with two gradients has one addition.
 EAGER = {
     "convolution": Passes(3, 3, 3),
     "linear": Passes(3, 3, 4),
@@ -37,7 +37,7 @@ EAGER = {
     "pool": Passes(2, 2, 2),
     "shuffle": Passes(2, 2, 2),
 }
-# The compiler joins what is done element by element to the batch norm beside it.
+# The compiler fuses element-wise operations with the batch norm beside them.
 COMPILED = EAGER | {
     "norm": Passes(5, 3, 4),
     "relu": Passes(0, 0, 0),
@@ -45,9 +45,9 @@ COMPILED = EAGER | {
     "cat": Passes(1, 1, 1),
 }
 FORWARD = {kind: Passes(1, 1, 1) for kind in EAGER}
-# One kernel for a convolution, its bias, what is added to it and ReLU.
+# One kernel for a convolution, its bias, an addition and ReLU.
 FUSED = FORWARD | {"relu": Passes(0, 0, 0), "add": Passes(0.5, 0, 0)}
-# Kernels of a step outside of the network: batch, loss, update, account.
+# Kernels of a step outside the network, eager and compiled: batch, loss, update, metrics.
 REST = {False: 25, True: 15}
 
 KINDS = {
@@ -67,7 +67,7 @@ KINDS = {
 
 
 class Operation(NamedTuple):
-    """One operation of a forward pass, for one image: elements, multiply-accumulates."""
+    """One operation of a forward pass for one image: elements in and out, multiply-accumulates."""
 
     kind: str
     inputs: int
@@ -76,14 +76,14 @@ class Operation(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a training step or a forward pass takes: FLOPs, bytes through memory, kernels."""
+    """The work of a training step or a forward pass: FLOPs, bytes through memory, kernels."""
 
     flops: float
     bytes: float
     kernels: float
 
     def seconds(self, ceilings: Ceilings) -> dict[str, float]:
-        """What each part of the work takes if the machine does nothing else, by its name."""
+        """Seconds of each part of the work, by name, if the machine does nothing else."""
         return {
             "arithmetic": self.flops / ceilings.flops_per_s,
             "memory": self.bytes / ceilings.bytes_per_s,
@@ -91,27 +91,27 @@ class Work(NamedTuple):
         }
 
     def bound(self, ceilings: Ceilings) -> tuple[float, str]:
-        """Seconds that it takes at least, and the name of the part that takes as long."""
+        """The least number of seconds, and the name of the slowest part."""
         parts = self.seconds(ceilings)
         cause = max(parts, key=parts.__getitem__)
         return parts[cause], cause
 
 
 def operations(network: nn.Module, training: bool, image_size: int = 32) -> list[Operation]:
-    """A network's operations in the order of a forward pass.
+    """The operations of a forward pass, in order, read from a copy without storage.
 
-    On a copy without storage. Raises KeyError for an operation that nobody has counted yet.
+    Raises KeyError for an operation that is not in ``KINDS``.
     """
     shape = copy.deepcopy(network).to("meta").train(training)
     channels = next(m.in_channels for m in shape.modules() if isinstance(m, nn.Conv2d))
-    images = 2  # a batch norm in training wants more than one
+    images = 2  # batch norm in train mode needs more than one
     with torch.no_grad(), _Record(images) as record:
         shape(torch.empty(images, channels, image_size, image_size, device="meta"))
     return record.found
 
 
 class _Record(TorchDispatchMode):
-    """Notes the operations that run inside, per image."""
+    """Records the operations that run inside it, per image."""
 
     def __init__(self, images: int):
         super().__init__()
@@ -120,7 +120,7 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if function.is_view or name == "empty":  # nothing moves
+        if function.is_view or name == "empty":  # no data moves
             return result
         kind = KINDS[name]
         output = result[0] if isinstance(result, tuple) else result
@@ -141,19 +141,19 @@ class _Record(TorchDispatchMode):
 def training(
     network: nn.Module, batch: int, dtype: torch.dtype, compiled: bool = False, image_size: int = 32
 ) -> Work:
-    """A step of SGD with momentum on ``batch`` images, without labels of a teacher.
+    """The work of a step of SGD with momentum on ``batch`` images, without a teacher.
 
     Args:
-        dtype: in which convolutions compute; weights and updates are float32.
-        compiled: whether the network is.
+        dtype: precision of the convolutions; weights and updates are float32.
+        compiled: whether the network is compiled.
     """
     found = operations(network, training=True, image_size=image_size)
     work = _moved(found, COMPILED if compiled else EAGER, batch, dtype)
-    first = found[0]  # nobody asks for the gradient of the images
+    first = found[0]  # the images need no gradient
     half = dtype.itemsize < 4
-    # Used twice, made once; the update reads weight, gradient, momentum and writes two of them.
+    # A step reads weights twice and writes a gradient. The update reads three tensors, writes two.
     weight_bytes = 3 * dtype.itemsize + 5 * 4
-    weight_bytes += 2 * (4 + dtype.itemsize) if half else 0  # to half precision, gradients back
+    weight_bytes += 2 * (4 + dtype.itemsize) if half else 0  # casts of weights and gradients
     casts = sum(op.kind in ("convolution", "linear") for op in found) * (1 if compiled else 2)
     return Work(
         2 * batch * (3 * sum(op.macs for op in found) - first.macs),
@@ -167,12 +167,13 @@ def training(
 def forward(
     network: nn.Module, batch: int, dtype: torch.dtype, fused: bool = False, image_size: int = 32
 ) -> Work:
-    """The logits of ``batch`` images, of a network in eval mode as it is, folded or not.
+    """The work of a forward pass of ``batch`` images in eval mode.
 
     Args:
-        dtype: in which it computes, its weights as well.
-        fused: with one kernel for a convolution and what is done to its output; as far as torch
-            goes, a limit that is not reached.
+        network: with or without folded batch norms.
+        dtype: precision of arithmetic and weights.
+        fused: one kernel for a convolution and the operations on its output; torch does not reach
+            this limit.
     """
     found = operations(network, training=False, image_size=image_size)
     work = _moved(found, FUSED if fused else FORWARD, batch, dtype)
@@ -186,9 +187,9 @@ def _moved(
 ) -> Work:
     elements = kernels = 0
     for op in found:
-        of = passes[op.kind]
-        elements += of.inputs * op.inputs + of.outputs * op.outputs
-        kernels += of.kernels
+        per = passes[op.kind]
+        elements += per.inputs * op.inputs + per.outputs * op.outputs
+        kernels += per.kernels
     return Work(0, batch * dtype.itemsize * elements, kernels)
 
 

@@ -1,10 +1,11 @@
-"""What the machine can do at best: bytes/s, FLOP/s, and the time of one small kernel.
+"""Limits of the machine: bytes/s, FLOP/s, and the time of one small operation.
 
-- copy: a tensor much larger than any cache, its bytes counted twice, read and written;
-- arithmetic: the faster of a product of square matrices and a 3x3 convolution of many channels,
-  since different libraries do them, in the precision in which networks train there;
-- node: one of a thousand additions to a tiny tensor, each of which needs the one before. On a GPU
-  a node of a replayed CUDA graph; on a CPU what the host takes to call an operation.
+- copy: copies a tensor that is much larger than any cache. Its bytes count twice: read and write.
+- arithmetic: the faster of a product of square matrices and a 3x3 convolution with many channels,
+  because different libraries compute them. The precision is that of training on the device.
+- small operation: one of a thousand additions to a tiny tensor, each of which needs the result of
+  the one before. On a GPU it is a node of a replayed CUDA graph; on a CPU it is the time that the
+  host needs to call an operation.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from torch import nn
 from benchmarks import arguments, report, row, timed
 from kdlib.engine.device import prepare, training_dtype
 
-# What takes milliseconds at least: elements of the copied float32 tensor, side of the matrices,
-# images and their height and width after the convolution.
+# Sizes that take at least milliseconds: elements of the copied float32 tensor, side of the
+# matrices, number of images and their height and width after the convolution.
 COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}
 SIDE = {"cpu": 1024, "cuda": 8192}
 CONVOLVED = {"cpu": (16, 8), "cuda": (1024, 16)}
@@ -35,26 +36,26 @@ class Ceilings(NamedTuple):
 
     @classmethod
     def best(cls, measured: list["Ceilings"]) -> "Ceilings":
-        """The best of each: a limit is what was ever reached."""
+        """The best value of each limit."""
         copies, products, nodes = zip(*measured, strict=True)
         return cls(max(copies), max(products), min(nodes))
 
 
 def measure(device: torch.device) -> Ceilings:
-    """The limits of ``device``, of each the best of a few repeats."""
+    """Measure each limit of ``device`` as the best of a few repeats."""
     arithmetic = max(_multiplying(device), _convolving(device))
     return Ceilings(_copying(device), arithmetic, _fastest(_chain(device), device) / NODES)
 
 
 def rows_of(measured: list[Ceilings], device: torch.device) -> list[dict]:
-    """Rows for ``report``, a round each."""
+    """Rows for ``report``, one round per measurement."""
     precision = str(training_dtype(device)).removeprefix("torch.")
     rows = []
     for k, ceilings in enumerate(measured):
         rows += [
             row("machine", "copy, GB/s", ceilings.bytes_per_s / 1e9, k),
             row("machine", f"arithmetic in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
-            row("machine", "node, µs", ceilings.node_s * 1e6, k),
+            row("machine", "small operation, µs", ceilings.node_s * 1e6, k),
         ]
     return rows
 
@@ -77,7 +78,7 @@ def _multiplying(device: torch.device) -> float:
 def _convolving(device: torch.device) -> float:
     images, size = CONVOLVED[device.type]
     dtype, channels_last = training_dtype(device), torch.channels_last
-    # Without padding, whose multiplications count but are left out by some libraries.
+    # No padding: its multiplications count, but some libraries skip them.
     convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False).to(device, dtype)
     convolution.to(memory_format=channels_last)
     x = torch.randn(images, CHANNELS, size + 2, size + 2, device=device)
@@ -95,7 +96,7 @@ def _chain(device: torch.device) -> Callable[[], None]:
 
     if device.type == "cpu":
         return chain
-    chain()  # the kernel is loaded before it is captured
+    chain()  # load the kernel before the capture
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -104,7 +105,7 @@ def _chain(device: torch.device) -> Callable[[], None]:
 
 
 def _fastest(work: Callable, device: torch.device) -> float:
-    """Seconds of the fastest of a few repeats, after one that warms up."""
+    """Seconds of the fastest of a few repeats, after one for warm-up."""
     work()
     return min(timed(work, 0, device).wall for _ in range(REPEATS))
 

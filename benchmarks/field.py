@@ -1,4 +1,4 @@
-"""What kdlib is measured beside: the field's PIL pipeline and its distillation loop."""
+"""The loop the field uses: a PIL pipeline, and distillation with the teacher in every step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,15 +17,16 @@ from torchvision.transforms import functional as TF
 from benchmarks import Turn, timed
 from kdlib import Run, build_model, store
 from kdlib.data import Images
+from kdlib.engine.device import keep_large_blocks, training_dtype
 from kdlib.engine.plan import mix
-from kdlib.models.precision import half_precision, keep_large_blocks, training_dtype
+from kdlib.models.precision import half_precision
 
-# Where nobody changes it, glibc gives blocks back to the system that are larger than this.
-USUALLY_KEPT = 32 << 20
+# By default glibc returns a freed block to the system if it is larger than this.
+GLIBC_LIMIT = 32 << 20
 
 
 class PilData(Dataset):
-    """Images held as torchvision's CIFAR10 holds them: an array, and a PIL image per item."""
+    """Images as in torchvision's CIFAR10: an array, from which each item becomes a PIL image."""
 
     def __init__(self, images: Images):
         self.pixels, self.labels = unpadded(images), images.labels.tolist()
@@ -39,7 +40,7 @@ class PilData(Dataset):
 
 
 def augmentation(images: Images) -> Compose:
-    """The transforms that draw what a view stands for."""
+    """torchvision's random crop and flip, the same distribution as kdlib's views."""
     crop = RandomCrop(images.size, padding=images.pad)
     flip = [RandomHorizontalFlip()] if images.flip else []
     return Compose([crop, *flip, ToTensor(), Normalize(images.mean, images.std)])
@@ -55,7 +56,7 @@ def unpadded(images: Images) -> np.ndarray:
 
 
 def by_torchvision(images: Images, index: Tensor, view: Tensor) -> Tensor:
-    """What ``images.batch(index, view)`` must be: torchvision's operations, image by image."""
+    """The batch that ``images.batch(index, view)`` must equal, by torchvision, image by image."""
     pixels, batch = unpadded(images), []
     for i, v in zip(index.tolist(), view.tolist(), strict=True):
         dy, dx = v // images.offsets % images.offsets, v % images.offsets
@@ -67,12 +68,12 @@ def by_torchvision(images: Images, index: Tensor, view: Tensor) -> Tensor:
 
 
 class Style(NamedTuple):
-    """What a loop does for speed.
+    """Optimisations of a loop.
 
     Attributes:
-        modern: half precision where the device has it, channels_last, no waiting for the device.
-        resident: the images on the device, cropped and flipped there.
-        compiled: student and teacher by ``torch.compile``.
+        modern: half precision if the device has it, channels_last, no waiting for the device.
+        resident: the images are on the device, which crops and flips them.
+        compiled: ``torch.compile`` for student and teacher.
     """
 
     modern: bool = False
@@ -81,12 +82,12 @@ class Style(NamedTuple):
 
 
 class FieldLoop:
-    """Distillation with a live teacher in every step, as the field's code bases train.
+    """Distillation as public code trains it: the teacher computes its logits in every step.
 
     Args:
         run: student, recipe and teacher.
-        warm_up: steps before a turn's time is taken.
-        steps: of a turn.
+        warm_up: steps before the time of a turn starts.
+        steps: steps of a turn.
     """
 
     def __init__(self, run: Run, images: Images, warm_up: int, steps: int, style: Style):
@@ -99,9 +100,9 @@ class FieldLoop:
         layout = torch.channels_last if style.modern else torch.contiguous_format
         for network in (self.student.train(), self.teacher):
             network.to(self.device, memory_format=layout)
-        self.called = [self.student, self.teacher]
+        self.networks = [self.student, self.teacher]
         if style.compiled:
-            self.called = [torch.compile(network, dynamic=False) for network in self.called]
+            self.networks = [torch.compile(network, dynamic=False) for network in self.networks]
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
             self.recipe.lr,
@@ -127,7 +128,7 @@ class FieldLoop:
         )
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches until the images are used up."""
+        """The batches of one epoch."""
         if self.loader:
             yield from self.loader
             return
@@ -138,19 +139,19 @@ class FieldLoop:
                 yield self.images.batch(index, v), self.images.labels[index]
 
     def step(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Loss and accuracy of a batch before its update."""
+        """Train on one batch; return its loss and accuracy before the update."""
         layout = torch.channels_last if self.style.modern else torch.contiguous_format
         x = x.to(self.device, non_blocking=self.style.modern, memory_format=layout)
         labels = labels.to(self.device, non_blocking=self.style.modern)
-        student, teacher = self.called
+        student, teacher = self.networks
         with self.half():
             logits = student(x)
             with torch.no_grad():
-                taught = teacher(x)
-        logits, taught = logits.float(), taught.float()
+                teacher_logits = teacher(x)
+        logits, teacher_logits = logits.float(), teacher_logits.float()
         kl = F.kl_div(
             F.log_softmax(logits / self.temperature, dim=1),
-            F.softmax(taught / self.temperature, dim=1),
+            F.softmax(teacher_logits / self.temperature, dim=1),
             reduction="batchmean",
         )
         loss = F.cross_entropy(logits, labels) + self.temperature**2 * kl
@@ -158,12 +159,12 @@ class FieldLoop:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        told = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        metrics = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
         if self.style.modern:
-            self.meter += told
+            self.meter += metrics
         else:
-            told.tolist()  # as ``loss.item()`` does: the host waits for every step
-        return told
+            metrics.tolist()  # like ``loss.item()``: the host waits for every step
+        return metrics
 
     def steps(self, count: int) -> None:
         while count:
@@ -173,13 +174,13 @@ class FieldLoop:
             if count:
                 self.batches = self.epoch()
 
-    def turn(self, kept: int = USUALLY_KEPT) -> Turn:
-        """Some steps, timed after the first; the workers' start is not in the time.
+    def turn(self, kept: int = GLIBC_LIMIT) -> Turn:
+        """Time some steps after the warm-up; the start of the workers is not in the time.
 
-        ``kept`` bytes are what freed blocks may have to be kept, on a CPU.
+        On a CPU, glibc keeps freed blocks of up to ``kept`` bytes.
         """
         before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True  # as the field's scripts do
+        torch.backends.cudnn.benchmark = True  # usual in public scripts
         keep_large_blocks(kept)
         self.batches = self.epoch()
         self.steps(self.warm_up)
@@ -190,7 +191,7 @@ class FieldLoop:
         return turn
 
     def train(self, epochs: int) -> None:
-        """Whole epochs, the rate following the recipe."""
+        """Train whole epochs with the learning rates of the recipe."""
         for epoch in range(epochs):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(epoch)

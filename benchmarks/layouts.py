@@ -1,14 +1,15 @@
-"""How a network lies in memory, and at which precision it computes, in images/s.
+"""Speed of memory layouts and precisions, for steps and forward passes.
 
-- channels_last: weights and activations with their channels last;
-- contiguous: with their channels before height and width, PyTorch's default;
-- autocast, on a CPU: channels_last, the network in bfloat16 by ``torch.autocast``;
-- bf16 convolutions, on a CPU: channels_last, all in float32 but the products of convolutions.
+- channels_last: in weights and activations the channels are the last dimension.
+- contiguous: the channels come before height and width, PyTorch's default.
+- autocast, on a CPU: channels_last, the network in bfloat16 by ``torch.autocast``.
+- bf16 convolutions, on a CPU: channels_last, float32 except for the products in convolutions.
 
-"step" is forward pass, backward pass and update at batch 64, "forward" an evaluation of 64 images,
-both with the images on the device. Images are of CIFAR's size, of MNIST's or of the digits'.
-"Gradient" is how far a contender's first step is from that of channels_last: the norm of the
-difference over the norm. Threads are torch's own: with OMP_NUM_THREADS=1, one.
+"step" is a forward pass, a backward pass and an update with batch 64. "forward" evaluates 64
+images. In both, the images are on the device. Images have the size of CIFAR, MNIST or the digits.
+"gradient" is the relative difference between a contender's first gradient and that of
+channels_last: the norm of the difference over the norm. torch chooses the number of threads; with
+OMP_NUM_THREADS=1 it is one.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from kdlib import build_model
 from kdlib.engine.device import keep_large_blocks, training_dtype
 
 BATCH, CLASSES = 64, 100
-# By the side of the images: one of every family; of what smoke trains, some.
+# By the side of the images: one network of every family, and some of smoke's networks.
 NETWORKS = {
     32: (
         *("mobilenetv2-t6-w0.5", "shufflenetv2-x0.32", "resnet20", "wrn-16-1", "vgg13-x0.16"),
@@ -35,12 +36,12 @@ NETWORKS = {
     28: ("lenet",),
     8: ("mobilenetv2-x0.15", "resnet8-x0.5", "densenet-bc-28-6"),
 }
-TEACHERS = {32: ("resnet50",)}  # evaluated alone: a step would take seconds
-SECONDS = 0.2  # a turn takes about as long
+TEACHERS = {32: ("resnet50",)}  # forward pass only: a step would take seconds
+SECONDS = 0.2  # of a turn, about
 
 
 class Setting(NamedTuple):
-    """A contender: a layout, what autocast casts to, and the precision of float32 convolutions."""
+    """A contender: its layout, the dtype of autocast, and the precision of float32 convolutions."""
 
     layout: torch.memory_format
     cast: torch.dtype | None = None
@@ -67,7 +68,7 @@ def settings(device: torch.device) -> dict[str, Setting]:
 
 
 class Contender:
-    """A network that does one thing again and again, with the same images."""
+    """A network that repeats one kind of work on the same images."""
 
     def __init__(self, name: str, side: int, setting: Setting, device: torch.device):
         self.setting, self.device = setting, device
@@ -88,7 +89,7 @@ class Contender:
             return self.network(self.x)
 
     def gradient(self) -> Tensor:
-        """Of the loss, by all parameters."""
+        """The gradient of the loss with respect to all parameters, as one vector."""
         with self.setting.convolving():
             self.optimizer.zero_grad()
             F.cross_entropy(self.logits().float(), self.labels).backward()
@@ -104,7 +105,7 @@ class Contender:
         self.logits()
 
     def turn(self, work: str) -> Turn:
-        """``step`` or ``forward``, for some time."""
+        """Time ``step`` or ``forward`` for about ``SECONDS``."""
         self.network.train(work == "step")
         once = getattr(self, work)
         with self.setting.convolving():

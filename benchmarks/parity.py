@@ -1,11 +1,11 @@
-"""Accuracy after as many epochs: that speed is not bought with quality.
+"""Test accuracy of kdlib and of the loop the field uses, after the same number of epochs.
 
-P0, the field's loop, and kdlib train the same student from the same weights, by the same recipe,
-with the same teacher, on the same images; crops and flips are drawn by each in its own way. One
-student a seed; the teacher, which kdlib trains, is one for all. "kdlib − P0" is the difference of
-their test accuracies seed by seed, in percentage points: its 95 % t-interval should contain zero.
+P0, the loop the field uses, and kdlib train the same student with the same initial weights, recipe,
+teacher and images. Each draws its own crops and flips. There is one student per seed. kdlib trains
+the one teacher of all students. "kdlib − P0" is the difference of the test accuracies of one seed,
+in percentage points. Its 95 % t-interval should contain zero.
 
-``--data`` takes data sets of kdlib, or ``folder:PATH`` ({train,test}/<class>/*.png or .jpg).
+``--data`` takes kdlib's data sets, or ``folder:PATH`` ({train,test}/<class>/*.png or .jpg).
 """
 
 import argparse
@@ -28,7 +28,7 @@ PAIRS = {8: ("resnet8-x0.5", "resnet14"), 32: ("resnet20", "resnet56")}
 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, test: Images) -> float:
-    """In %, on the images themselves."""
+    """Accuracy in % on images without augmentation."""
     index = torch.arange(len(test), device=test.device)
     hits = [
         (network.eval()(test.batch(part)).argmax(1) == test.labels[part]).sum()
@@ -43,12 +43,12 @@ def run_seeds(data: str, options: argparse.Namespace) -> list[dict]:
     student, teacher = PAIRS[images.size]
     milestones = (options.epochs // 2, 3 * options.epochs // 4)
     recipe = Recipe(options.epochs, batch=64, lr=0.05, milestones=milestones)
-    taught = Run(data, teacher, recipe, images=options.images)
+    teacher_run = Run(data, teacher, recipe, images=options.images)
     case = f"{student} ← {teacher}, {images.name}, {len(images):,} images, {options.epochs} epochs"
-    best = train([taught], options.device, weights=True)[0].final["test_top1"]
+    best = train([teacher_run], options.device, weights=True)[0].final["test_top1"]
     rows, differences = [row(case, "teacher, accuracy in %", best)], []
     for seed in range(options.seeds):
-        run = Run(data, student, recipe, KD(taught), seed=seed, images=options.images)
+        run = Run(data, student, recipe, KD(teacher_run), seed=seed, images=options.images)
         field = FieldLoop(run, images, 0, 0, Style())
         field.train(options.epochs)
         accuracies = {
@@ -67,7 +67,7 @@ def main() -> None:
     options = arguments(
         __doc__,
         data={"nargs": "+", "default": ["digits"], "help": "digits by default"},
-        images={"type": int, "help": "train on so many; all by default"},
+        images={"type": int, "help": "number of training images; all by default"},
         epochs={"type": int, "default": 12},
         seeds={"type": int, "default": 5},
     )

@@ -1,23 +1,23 @@
-"""How close training comes to what the machine allows: images/s against a bound, and a picture.
+"""Speed of each network against the bound that the machine sets: images/s, and a picture.
 
-The bound is the slowest of three: arithmetic at the speed of a large product, the bytes of all
-operations at the speed of a copy, all kernels one after the other. ``ceilings`` measures these
-speeds anew before every turn, which is judged by them, and ``bounds`` counts the work. What binds,
-and the picture's roof, follow from the best of each.
+The bound is the slowest of three parts: arithmetic at the speed of a large product, the bytes of
+all operations at the speed of a copy, and all kernels one after the other. ``ceilings`` measures
+these speeds before every turn, and the share of the bound uses them. The limiting part and the roof
+of the picture use the best speeds of all rounds. ``bounds`` counts the work.
 
-Hardly anything reaches all of a bound. Thin and depthwise convolutions leave most of an arithmetic
-unit idle; and while one operation waits for memory, the arithmetic of others waits as well, which
-"were nothing to overlap" allows for, with the sum of the three as the bound. A share above 1 says
-that a cache kept what was counted as moved, or that multiplications by an image's padding, which
-count, were left out: of 3x3 convolutions on 4x4 images these are three in ten.
+Few networks come close to the bound. Thin and depthwise convolutions leave most of an arithmetic
+unit unused. While one operation waits for memory, the arithmetic of others waits too. "without
+overlap" takes this into account: its bound is the sum of the three parts. A share above 1 means
+that a processor cache kept data that the count moves through memory, or that a library skipped the
+counted multiplications by padding. For 3x3 convolutions on 4x4 images these are three in ten.
 
-- students: a step of a lane with plain cross-entropy, gather and update included; on a GPU the
-  replayed graph, of compiled kernels where kdlib compiles. Against launches: on a GPU nodes of the
-  graph, on a CPU the host's time for an operation.
-- teachers: a sweep of labels as a bank makes it, batch norms folded.
+- students: a step of a kdlib Trainer with cross-entropy, with batch and update. On a GPU it is the
+  replayed graph, with compiled kernels if kdlib compiles. The time per kernel is that of a graph
+  node on a GPU, and that of an operation called by the host on a CPU.
+- teachers: forward passes for the cache of logits, with folded batch norms.
 
-Networks take turns. What binds stands beside each share; the CSV has also the counted work of a
-step and the seconds that each part of it takes by itself.
+Networks take turns. The limiting part is beside each share. The CSV also has the counted work of a
+step and the seconds of each part.
 """
 
 import os
@@ -34,34 +34,34 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks import Turn, arguments, report, row, save_picture, timed
+from benchmarks import Turn, arguments, report, row, save_picture
 from benchmarks.batches import noise
 from benchmarks.bounds import Work, forward, training
 from benchmarks.ceilings import Ceilings, measure, rows_of
-from benchmarks.training import lanes_turn
+from benchmarks.training import teacher_turn, train_turn
 from kdbook import figures
 from kdlib import Recipe, Run, build_model
 from kdlib.data import Images
+from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.device import environment, prepare, training_dtype
-from kdlib.engine.logit_cache import CachePool, LogitCache
+from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.trainer import Trainer
 
 CLASSES = 100
-# So many that a lane compiles its network where it ever does; hardly any of them is run.
+# Long enough for a Trainer to compile its network; only a few steps run.
 EPOCHS = 1000
-# Of a turn: steps of a student, chunks of a sweep.
+# Of a turn: steps of a student, chunks of a teacher.
 STEPS = {"cpu": 2, "cuda": 200}
 CHUNKS = {"cpu": 1, "cuda": 12}
-# A lower share of the bound is marked.
-LEAST = 0.5
-MARKS = {"o": "a student's step", "^": "bound by launches", "s": "a teacher's labels"}
-LABELS = ", labels"
-# Of the picture's axes.
+TARGET = 0.5  # least share of the bound that the project wants
+MARKS = {"o": "a student's step", "^": "bound by launches", "s": "a teacher's forward pass"}
+TEACHER = ", teacher"
+# Units of the picture's axes.
 UNIT = {"cpu": (1e9, "G"), "cuda": (1e12, "T")}
 
 
 class Case(NamedTuple):
-    """A network, and the images of a step; for a teacher none, its bank's chunk is taken."""
+    """A network and the images of a step; None for a teacher, whose cache has chunks."""
 
     network: str
     batch: int | None
@@ -79,7 +79,7 @@ DENSENET = {"cpu": Case("densenet-bc-40-12", 64), "cuda": Case("densenet-bc-100-
 
 
 class Contender(NamedTuple):
-    """What is timed: its name, images and work of a step, one turn."""
+    """A network to time: its name, images and work of a step, a function that runs one turn."""
 
     name: str
     batch: int
@@ -88,7 +88,7 @@ class Contender(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """Images/s of a turn, and the machine's limits just before it."""
+    """Images/s of a turn, and the limits of the machine just before it."""
 
     speed: float
     ceilings: Ceilings
@@ -102,26 +102,19 @@ def random_images(count: int, device: torch.device) -> Images:
 def student(case: Case, device: torch.device) -> Contender:
     images = random_images(STEPS[device.type] * case.batch, device)
     run = Run("cifar100", case.network, Recipe(EPOCHS, case.batch, lr=0.05))
-    lane = Trainer(run, images, images, CachePool())
-    trainee = lane.state
-    work = training(trainee.networks["student"], case.batch, trainee.dtype, trainee.compiled)
+    trainer = Trainer(run, images, images, CachePool())
+    state = trainer.state
+    work = training(state.modules["student"], case.batch, state.dtype, state.compiled)
     name = f"{case.network}, batch {case.batch}"
-    return Contender(name, case.batch, work, partial(lanes_turn, [lane], 1, cold=False))
+    return Contender(name, case.batch, work, partial(train_turn, [trainer]))
 
 
 def teacher(case: Case, device: torch.device) -> Contender:
     images = random_images(2048 * CHUNKS[device.type], device)
-    bank = LogitCache(build_model(case.network, CLASSES, seed=0).eval(), images)
-    index = torch.arange(bank.chunk * CHUNKS[device.type], device=device).split(bank.chunk)
-
-    def sweep() -> None:
-        for chunk in index:
-            bank.live(chunk, chunk % images.views)
-
-    sweep()  # warms up
-    work = forward(bank.teacher, bank.chunk, bank.dtype)
-    turn = partial(timed, sweep, len(index) * bank.chunk, device)
-    return Contender(case.network + LABELS, bank.chunk, work, turn)
+    cache = LogitCache(build_model(case.network, CLASSES, seed=0).eval(), images)
+    work = forward(cache.teacher, cache.chunk, cache.dtype)
+    turn = partial(teacher_turn, cache, CHUNKS[device.type])
+    return Contender(case.network + TEACHER, cache.chunk, work, turn)
 
 
 def rows_for(contender: Contender, turns: list[Reached], best: Ceilings) -> list[dict]:
@@ -135,8 +128,8 @@ def rows_for(contender: Contender, turns: list[Reached], best: Ceilings) -> list
         share = speed * work.bound(ceilings)[0] / batch
         rows.append(row(name, "images/s", speed, k) | about)
         in_turn = speed * sum(work.seconds(ceilings).values()) / batch
-        rows.append(row(name, "share of the bound", share, k, target=LEAST) | about)
-        rows.append(row(name, "the same, were nothing to overlap", in_turn, k) | about)
+        rows.append(row(name, "share of the bound", share, k, target=TARGET) | about)
+        rows.append(row(name, "share of the bound without overlap", in_turn, k) | about)
     return rows
 
 
@@ -146,7 +139,7 @@ def draw(
     ceilings: Ceilings,
     device: torch.device,
 ) -> Figure:
-    """FLOP/s against FLOPs a byte: the roof, what each network reached, and a line to its bound."""
+    """FLOP/s against FLOPs per byte: the roof, each network's speed, and a line to its bound."""
     unit, prefix = UNIT[device.type]
     points = {}
     for name, batch, work, _ in contenders:
@@ -164,8 +157,8 @@ def draw(
         x = np.geomspace(min(ridge, table.x.min()) / 2, 2 * max(ridge, table.x.max()), 200)
         roof = np.minimum(top, x * ceilings.bytes_per_s / unit)
         axes.plot(x, roof, color=figures.BLACK, ls="-", marker="")
-        taught = [name.endswith(LABELS) for name in table.index]
-        colors = [figures.BLACK if t else figures.OKABE_ITO[k % 6] for k, t in enumerate(taught)]
+        teachers = [name.endswith(TEACHER) for name in table.index]
+        colors = [figures.BLACK if t else figures.OKABE_ITO[k % 6] for k, t in enumerate(teachers)]
         for point, color in zip(table.itertuples(), colors, strict=True):
             look = {"color": color, "lw": 0.7, "ls": "-"}
             axes.plot([point.x] * 2, [point.reached, point.bound], marker="", **look)
@@ -174,7 +167,7 @@ def draw(
         figures.log_axis(axes, "x")
         figures.log_axis(axes, "y")
         axes.set_xlim(x[0], x[-1])
-        axes.set_xlabel("FLOPs a byte through memory")
+        axes.set_xlabel("FLOPs per byte through memory")
         axes.set_ylabel(f"{prefix}FLOP/s")
         axes.set_title("{device}, threads: {threads}, {precision}".format(**about), loc="left")
         figures.name_points(axes, table.x, table.reached, colors)
@@ -189,7 +182,7 @@ def draw(
 
 
 def _mark(point) -> str:
-    if point.Index.endswith(LABELS):
+    if point.Index.endswith(TEACHER):
         return "s"
     return "^" if point.cause == "launches" else "o"
 

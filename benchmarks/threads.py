@@ -1,8 +1,8 @@
-"""How much a second thread helps a step on a CPU, in images/s.
+"""Speed of a training step on a CPU with one thread and with all cores.
 
-One thread against as many as the machine has cores, batch 64, images on the device. Where the
-ratio is below the number of cores, as many notebooks side by side with one thread each are faster
-than one notebook with all of them: ``./run_all.sh`` runs them so.
+The batch has 64 images. If the ratio is below the number of cores, several notebooks at a time with
+one thread each are faster than one notebook with all cores. ``./run_all.sh`` therefore runs one
+notebook per core.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks import Turn, arguments, compare, report
 from benchmarks.layouts import Contender, Setting
 from kdlib.engine.device import prepare
 
-# By the side of the images: what smoke trains, and the papers' students.
+# By the side of the images: networks of smoke, and students of the papers.
 NETWORKS = {
     8: ("resnet8-x0.35", "resnet14-x0.5", "densenet-bc-28-6"),
     32: ("mobilenetv2-t6-w0.5", "resnet20", "resnet56", "densenet-bc-40-12"),

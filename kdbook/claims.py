@@ -1,7 +1,7 @@
-"""Claims of the papers, and the verdicts that our numbers support. Computed, never typed.
+"""The claims of the papers, and our verdicts on them. Every verdict is computed from cells.
 
-A cell is a row and a column of an exhibit. Ours holds one value per seed, so that differences
-between methods are paired by seed (and by the teacher, which shares it).
+A cell is a row and a column of an exhibit. Each of our cells has one value per seed. Differences
+between methods are paired by seed; runs of one seed share their teacher.
 """
 
 import math
@@ -13,34 +13,38 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import special
+from scipy import special, stats
 
 from kdlib import files
 
 CONFIDENCE = 0.95
-# cells of an exhibit: {(row, column): values by seed}; a counted value stands under the seed None
+PUBLISHED = files.ROOT / "results" / "published"
+# Cells of an exhibit: {(row, column): values by seed}. A counted value has the seed None.
 Cells = Mapping[tuple[str, str], Mapping[int | None, float]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, or one row of a claim on values, and what our numbers say of it.
+    """Our verdict on one claim, or on one row of a claim of the kind ``value``.
 
     Attributes:
-        verdict: reproduced, inconclusive or differs for values; supported, inconclusive or
-            contradicted for gaps and orderings; ``direction only`` where the profile, the data set
-            or the method is not the paper's; ``not run``.
-        estimate: ours: of a value its difference from the paper's, of other claims the claimed
-            gap (of several, the smallest) or correlation. ``low`` and ``high`` bound it at 95 %.
-        paper: the same quantity by the paper's own numbers.
+        verdict: ``reproduced``, ``inconclusive`` or ``differs`` for values; ``supported``,
+            ``inconclusive`` or ``contradicted`` for all other kinds; ``direction only`` where the
+            profile, the data set or the method is not the paper's; ``not run``.
+        estimate: our number: for a value its difference from the paper's value, for a correlation
+            the coefficient, otherwise the claimed gap (the smallest one of several gaps).
+            ``low`` and ``high`` are its 95 % interval.
+        paper: the same quantity, computed from the paper's numbers.
         as_claimed: whether the estimate lies on the claimed side; None for values.
-        n: seeds; rows of a correlation.
+        n: number of seeds; for a correlation, number of rows.
+        reconstruction: whether the claim depends on a method or on data that this project had to
+            reconstruct, because the paper's text has lost it.
     """
 
     id: str
     exhibit: str
     kind: str
-    says: str
+    statement: str
     where: str
     unit: str
     verdict: str = "not run"
@@ -51,14 +55,13 @@ class Verdict:
     paper: float = math.nan
     as_claimed: bool | None = None
     n: int = 0
-    # whether the claim is about a method or data that the paper's text no longer tells
     reconstruction: bool = False
 
 
 @lru_cache
 def published() -> pd.DataFrame:
-    """Every number the four papers print: exhibit, row, column, value, unit, note, digits."""
-    paths = sorted(files.published().glob("*.csv"))
+    """All numbers in the four papers: exhibit, row, column, value, unit, note, digits."""
+    paths = sorted(PUBLISHED.glob("*.csv"))
     table = pd.concat([pd.read_csv(path, dtype={"value": str}) for path in paths])
     table["digits"] = table.value.str.partition(".")[2].str.len()
     table["value"] = table.value.astype(float)
@@ -67,11 +70,12 @@ def published() -> pd.DataFrame:
 
 @lru_cache
 def all_claims() -> list[dict]:
-    """The claims of the four papers, as ``results/published/claims.yaml`` holds them."""
-    return yaml.safe_load((files.published() / "claims.yaml").read_text())
+    """The claims of the four papers, from ``results/published/claims.yaml``."""
+    return yaml.safe_load((PUBLISHED / "claims.yaml").read_text())
 
 
 def paper_cells(exhibit: str) -> Cells:
+    """The published cells of an exhibit."""
     rows = published()[published().exhibit == exhibit]
     return {(r.row, r.column): {None: r.value} for r in rows.itertuples()}
 
@@ -81,110 +85,117 @@ def judge(exhibit: str, ours: Cells, faithful: bool) -> list[Verdict]:
 
     Args:
         ours: our cells.
-        faithful: whether profile and data are the paper's; counted values need neither.
+        faithful: whether profile and data are the paper's. Counted values do not depend on this.
     """
     verdicts = []
     for claim in all_claims():
         if claim["exhibit"] == exhibit:
-            verdicts += (
-                _values(claim, ours, faithful)
-                if claim["kind"] == "value"
-                else [_relation(claim, ours, faithful)]
-            )
+            judge_claim = _judge_values if claim["kind"] == "value" else _judge_relation
+            verdicts += judge_claim(claim, ours, faithful)
     return verdicts
 
 
+def as_table(verdicts: list[Verdict]) -> pd.DataFrame:
+    """One row per verdict, one column per attribute."""
+    return pd.DataFrame([asdict(v) for v in verdicts], columns=[f.name for f in fields(Verdict)])
+
+
 def interval(values: np.ndarray, tests: int = 1) -> tuple[float, float]:
-    """t-interval of a mean at 95 %, Bonferroni-corrected for ``tests``; NaNs for one value."""
+    """Student's t-interval of a mean at 95 %, with Bonferroni's correction for ``tests`` tests.
+
+    Both ends are NaN where there are fewer than two values.
+    """
     if len(values) < 2:
         return math.nan, math.nan
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    margin = special.stdtrit(len(values) - 1, 1 - (1 - CONFIDENCE) / (2 * tests)) * error
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * tests), len(values) - 1)
+    margin = quantile * stats.sem(values)
     return values.mean() - margin, values.mean() + margin
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
-def _values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
-    known = published()[
-        (published().exhibit == claim["exhibit"]) & (published().column == claim["column"])
-    ].set_index("row")
-    verdicts = []
-    for row in claim.get("rows", known.index):
-        cell = known.loc[row]
-        tolerance = claim["tolerance"]
-        if tolerance == "printed":
-            tolerance = 0.5 * 10.0**-cell.digits
-        head = _head(claim) | {
-            "id": f"{claim['id']}/{row}", "unit": cell.unit, "tolerance": tolerance,
-            "paper": cell.value, "reconstruction": _is_rebuilt(claim, row),
-        }  # fmt: skip
-        values = np.array(list(ours.get((row, claim["column"]), {}).values()))
-        if len(values) == 0:
-            verdicts.append(Verdict(**head))
-            continue
-        difference = values.mean() - cell.value
-        low, high = (bound - cell.value for bound in interval(values))
-        if claim.get("deterministic"):
-            # a count that rounds to the printed digits, give or take the last bit of a float
-            verdict = "reproduced" if abs(difference) <= tolerance * (1 + 1e-9) else "differs"
-        elif not faithful or head["reconstruction"]:
-            verdict = "direction only"
-        elif -tolerance <= low and high <= tolerance:
-            verdict = "reproduced"
-        elif low > tolerance or high < -tolerance:
-            verdict = "differs"
-        else:
-            verdict = "inconclusive"
-        numbers = {"estimate": difference, "low": low, "high": high, "n": len(values)}
-        verdicts.append(Verdict(**head, **numbers, verdict=verdict))
-    return verdicts
+def _judge_values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
+    printed = _printed(claim).set_index("row")
+    rows = claim.get("rows", printed.index)
+    return [_judge_value(claim, printed.loc[row], ours, faithful) for row in rows]
+
+
+def _judge_value(claim: dict, printed: pd.Series, ours: Cells, faithful: bool) -> Verdict:
+    row, tolerance = printed.name, claim["tolerance"]
+    if tolerance == "printed":
+        tolerance = 0.5 * 10.0**-printed.digits
+    about = _about(claim) | {
+        "id": f"{claim['id']}/{row}",
+        "unit": printed.unit,
+        "tolerance": tolerance,
+        "paper": printed.value,
+        "reconstruction": _is_reconstruction(claim, row),
+    }
+    values = np.array(list(ours.get((row, claim["column"]), {}).values()))
+    if len(values) == 0:
+        return Verdict(**about)
+    difference = values.mean() - printed.value
+    low, high = (bound - printed.value for bound in interval(values))
+    if claim.get("deterministic"):
+        # Rounding to the printed digits leaves an error in the last bit of a float.
+        verdict = "reproduced" if abs(difference) <= tolerance * (1 + 1e-9) else "differs"
+    elif not faithful or about["reconstruction"]:
+        verdict = "direction only"
+    elif -tolerance <= low and high <= tolerance:
+        verdict = "reproduced"
+    elif low > tolerance or high < -tolerance:
+        verdict = "differs"
+    else:
+        verdict = "inconclusive"
+    numbers = {"estimate": difference, "low": low, "high": high, "n": len(values)}
+    return Verdict(**about, **numbers, verdict=verdict)
 
 
 # --- gaps, orderings, correlations ----------------------------------------------------------------
 
 
-def _relation(claim: dict, ours: Cells, faithful: bool) -> Verdict:
-    rebuilt = _is_rebuilt(claim)
-    head = _head(claim) | {"unit": _unit(claim), "tolerance": claim.get("tolerance", math.nan)}
-    head["reconstruction"] = rebuilt
-    paper = estimate(claim, paper_cells(claim["exhibit"]))
-    head["paper"] = paper[0] if paper else math.nan
+def _judge_relation(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
+    units, paper = _printed(claim).unit, estimate(claim, paper_cells(claim["exhibit"]))
+    about = _about(claim) | {
+        "unit": units.iloc[0] if len(units) else "",
+        "tolerance": claim.get("tolerance", math.nan),
+        "paper": paper[0] if paper else math.nan,
+        "reconstruction": _is_reconstruction(claim),
+    }
     result = estimate(claim, ours)
     if result is None:
-        return Verdict(**head)
+        return [Verdict(**about)]
     found, low, high, n = result
-    margin = claim.get("margin", 0.0)
     if claim["kind"] == "equal":
         bound = claim["tolerance"]
-        yes, no = -bound < low and high < bound, low > bound or high < -bound
+        supported, contradicted = -bound < low and high < bound, low > bound or high < -bound
         as_claimed = abs(found) < bound
     elif claim["kind"] == "correlation":
         bound = abs(claim.get("at_least", claim.get("at_most")))
-        yes, no = low > 0 and found >= bound, high < bound
+        supported, contradicted = low > 0 and found >= bound, high < bound
         as_claimed = found > 0
     else:
-        yes, no = low > margin, high < margin
+        margin = claim.get("margin", 0.0)
+        supported, contradicted = low > margin, high < margin
         as_claimed = found > margin
-    verdict = "supported" if yes else "contradicted" if no else "inconclusive"
-    judged = (faithful and not rebuilt) or claim.get("deterministic")
-    return Verdict(
-        **head,
-        verdict=verdict if judged else "direction only",
-        estimate=found,
-        low=low,
-        high=high,
-        as_claimed=None if math.isnan(found) else bool(as_claimed),
-        n=n,
-    )
+    if not (claim.get("deterministic") or (faithful and not about["reconstruction"])):
+        verdict = "direction only"
+    else:
+        verdict = "supported" if supported else "contradicted" if contradicted else "inconclusive"
+    side = None if math.isnan(found) else bool(as_claimed)
+    numbers = {"estimate": found, "low": low, "high": high, "n": n}
+    return [Verdict(**about, **numbers, verdict=verdict, as_claimed=side)]
 
 
 def estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
-    """Of a claim that relates cells: estimate, low, high, seeds; None where a cell is missing."""
+    """Estimate, low, high and number of seeds of a claim that compares cells.
+
+    None where a cell is missing. Raises ValueError for a claim of an unknown kind.
+    """
     if claim["kind"] == "correlation":
         return _correlation(claim, cells)
-    samples = [_combine(contrast, claim, cells) for contrast in _contrasts(claim)]
+    samples = [_contrast_by_seed(contrast, claim, cells) for contrast in _contrasts(claim)]
     if any(sample is None for sample in samples):
         return None
     if claim.get("deterministic"):
@@ -192,26 +203,28 @@ def estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | Non
     else:
         bounds = [interval(sample, tests=len(samples)) for sample in samples]
     weakest = min(range(len(samples)), key=lambda k: samples[k].mean())
-    low, high = np.min(bounds, axis=0)  # NaN where any step has no interval
+    low, high = np.min(bounds, axis=0)  # NaN where one of the contrasts has no interval
     return float(samples[weakest].mean()), float(low), float(high), len(samples[weakest])
 
 
 def _contrasts(claim: dict) -> list[dict[str, float]]:
-    """What the claim says exceeds its margin: weighted sums of cells, all of them."""
+    """Weighted sums of cells; by the claim, each of them exceeds the margin."""
     match claim["kind"]:
         case "gap" | "equal":
             return [claim["contrast"]]
         case "ordering":
-            order = claim["order"]
-            return [{a: 1, b: -1} for a, b in pairwise(order)]
+            return [{higher: 1, lower: -1} for higher, lower in pairwise(claim["order"])]
         case "best":
             sign = 1 if claim.get("sense", "max") == "max" else -1
             return [{claim["cell"]: sign, rival: -sign} for rival in claim["among"]]
-    raise ValueError(f"{claim['id']}: unknown kind {claim['kind']!r}")
+    raise ValueError(
+        f"Claim {claim['id']} has the unknown kind {claim['kind']!r}. Use value, gap, equal, "
+        f"ordering, best or correlation."
+    )
 
 
-def _combine(contrast: dict[str, float], claim: dict, cells: Cells) -> np.ndarray | None:
-    """The weighted sum per seed, over the seeds that all its cells share."""
+def _contrast_by_seed(contrast: dict[str, float], claim: dict, cells: Cells) -> np.ndarray | None:
+    """The weighted sum for each seed that all cells of the contrast share."""
     terms = []
     for cell, weight in contrast.items():
         row, _, column = str(cell).partition(" @ ")
@@ -229,38 +242,37 @@ def _combine(contrast: dict[str, float], claim: dict, cells: Cells) -> np.ndarra
 
 
 def _correlation(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
-    """Pearson's r over rows, sign turned to the claimed one; interval by Fisher's z."""
+    """Pearson's r over rows, positive on the claimed side, with Fisher's z-interval."""
     rows = [row for row, column in cells if column == claim["x"] and (row, claim["y"]) in cells]
     if len(rows) < 3:
         return None
     x, y = (
         [np.mean(list(cells[row, claim[axis]].values())) for row in rows] for axis in ("x", "y")
     )
-    if min(np.ptp(x), np.ptp(y)) == 0:  # all alike: there is no correlation to speak of
+    if min(np.ptp(x), np.ptp(y)) == 0:  # r is undefined where all values are equal
         return math.nan, math.nan, math.nan, len(rows)
     sign = 1 if "at_least" in claim else -1
     r = sign * float(np.corrcoef(x, y)[0, 1])
-    if len(rows) < 4 or math.isnan(r) or abs(r) >= 1:
+    if len(rows) < 4 or abs(r) >= 1:
         return r, math.nan, math.nan, len(rows)
     margin = special.ndtri((1 + CONFIDENCE) / 2) / math.sqrt(len(rows) - 3)
     return r, math.tanh(math.atanh(r) - margin), math.tanh(math.atanh(r) + margin), len(rows)
 
 
-def _is_rebuilt(claim: dict, row: str | None = None) -> bool:
-    """Whether a claim, or the row of one on values, is about a reconstruction."""
-    rebuilt = claim.get("reconstruction", False)
-    return row in rebuilt if isinstance(rebuilt, list) else rebuilt
+# --- what a claim says ----------------------------------------------------------------------------
 
 
-def _head(claim: dict) -> dict:
-    return {key: claim[key] for key in ("id", "exhibit", "kind", "says", "where")}
+def _about(claim: dict) -> dict:
+    return {key: claim[key] for key in ("id", "exhibit", "kind", "statement", "where")}
 
 
-def _unit(claim: dict) -> str:
-    rows = published()[published().exhibit == claim["exhibit"]]
-    units = rows[rows.column == claim.get("column")].unit
-    return units.iloc[0] if len(units) else ""
+def _printed(claim: dict) -> pd.DataFrame:
+    """The published numbers in the claim's column."""
+    table = published()
+    return table[(table.exhibit == claim["exhibit"]) & (table.column == claim.get("column"))]
 
 
-def as_table(verdicts: list[Verdict]) -> pd.DataFrame:
-    return pd.DataFrame([asdict(v) for v in verdicts], columns=[f.name for f in fields(Verdict)])
+def _is_reconstruction(claim: dict, row: str | None = None) -> bool:
+    """Whether a claim, or one row of a claim on values, depends on a reconstruction."""
+    reconstruction = claim.get("reconstruction", False)
+    return row in reconstruction if isinstance(reconstruction, list) else reconstruction

@@ -1,14 +1,9 @@
-"""Exhibit: one table or figure of one paper, our numbers beside the published ones."""
+"""Exhibit: one table or figure of one paper, with our numbers beside the published ones."""
 
-import hashlib
 import io
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,19 +13,20 @@ import pandas as pd
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 
-from kdbook import figures
+from kdbook import figures, provenance, wording
 from kdbook.claims import Verdict, all_claims, as_table, interval, judge, paper_cells, published
 from kdbook.profiles import Profile
 from kdlib import files, store
-from kdlib.data import display_name
 from kdlib.errors import UnknownName
 from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
-RECONSTRUCTED = "By a reconstruction: the paper's formulas are lost (`docs/decisions.md`, KR)."
-# Exhibits of the book itself: nothing is published to compare them with.
+RECONSTRUCTED = (
+    "Parts of this exhibit are reconstructions: the paper's text has lost them "
+    "(`docs/decisions.md`, KR)."
+)
+# Exhibits of this book. The papers publish no numbers to compare with them.
 OWN = ("book/start_here", "stc/cut", "search/control", "kr/figure2", "kr/ablation")
-PACKAGES = ("torch", "numpy", "pandas", "scikit-learn", "matplotlib", "scipy")
 
 
 class Exhibit:
@@ -38,7 +34,7 @@ class Exhibit:
 
     Args:
         name: ``<paper>/<table or figure>``, such as ``rco/table2``.
-        profile: the profile in which its runs were made.
+        profile: the profile of its runs.
 
     Raises UnknownName where no paper has such an exhibit.
     """
@@ -50,6 +46,7 @@ class Exhibit:
         self.cells: dict[tuple[str, str], dict[int | None, float]] = {}
         self.used: dict[str, Trained] = {}
         self.started = time.time()
+        self._judged: list[Verdict] | None = None  # None: cells were added since the last verdicts
 
     @property
     def folder(self) -> Path:
@@ -64,11 +61,14 @@ class Exhibit:
         results: Iterable[Trained | None],
         value: str | Callable[[Trained], float] | Mapping[int, float],
     ) -> None:
-        """One cell, one value per seed: a column of the last epoch's log, what a function says of
-        each result, or a mapping of seeds.
+        """Add one cell, with one value for the seed of each result.
 
-        The last epoch is what counts; nothing is chosen by the test set. None, for what failed, is
-        passed over.
+        Args:
+            results: trained runs. None is skipped: it is a run that failed.
+            value: a column of the log, read at the last epoch (no epoch is chosen by the test
+                set); or a function of a result; or values by seed.
+
+        Raises ValueError where a seed gets two different values.
         """
         if isinstance(value, str):
             read = lambda trained: trained.final[value]  # noqa: E731
@@ -77,33 +77,42 @@ class Exhibit:
         else:
             read = value
         for trained in filter(None, results):
-            self.uses(trained)
-            cell, number = self.cells.setdefault((row, column), {}), float(read(trained))
-            if cell.setdefault(trained.run.seed, number) != number:
-                raise ValueError(f"{row}, {column} has two values of seed {trained.run.seed}.")
+            self.add_runs(trained)
+            cell, seed = self.cells.setdefault((row, column), {}), trained.run.seed
+            number = float(read(trained))
+            if cell.setdefault(seed, number) != number:
+                raise ValueError(
+                    f"{self.name}: the cell ({row}, {column}) gets two values for seed {seed}, "
+                    f"{cell[seed]} and {number}. Add one run for each seed."
+                )
+        self._judged = None
 
     def count(self, row: str, column: str, value: float) -> None:
-        """One cell that is counted, not trained: it holds in every profile."""
+        """Add one cell that is counted, not trained. It is valid in every profile."""
         self.cells[row, column] = {None: float(value)}
+        self._judged = None
 
-    def uses(self, *results: Trained) -> None:
-        """Name runs as part of this exhibit's provenance, their teachers included."""
+    def add_runs(self, *results: Trained) -> None:
+        """Add runs and all their teachers to the provenance of this exhibit."""
         for trained in results:
             self.used[trained.run.id] = trained
             for teacher, _ in trained.run.parents:
                 if teacher.id not in self.used and (record := store.find_record(teacher)):
-                    self.uses(record)
+                    self.add_runs(record)
 
     # --- showing ----------------------------------------------------------------------------------
 
     def long_table(self) -> pd.DataFrame:
-        """Every cell in a row: the paper's value, our mean, spread, 95 % interval and n, and
-        whether ours was counted instead of trained."""
+        """One row per cell: the paper's value, then mean, spread, 95 % interval and n of ours.
+
+        ``counted`` says whether our value is counted instead of trained.
+        """
         paper = paper_cells(self.name)
         units = published()[published().exhibit == self.name].groupby("column").unit.first()
         rows = []
         for row, column in dict.fromkeys([*paper, *self.cells]):
-            values = np.array(list(self.cells.get((row, column), {}).values()))
+            cell = self.cells.get((row, column), {})
+            values = np.array(list(cell.values()))
             low, high = interval(values)
             rows.append(
                 {
@@ -116,13 +125,14 @@ class Exhibit:
                     "low": low,
                     "high": high,
                     "n": len(values),
-                    "counted": None in self.cells.get((row, column), {}),
+                    "counted": None in cell,
                 }
             )
         return pd.DataFrame(rows)
 
     def table(self) -> pd.DataFrame:
-        """Rows as in the paper, the paper's number beside ours: mean ± spread over seeds (n)."""
+        """The paper's rows, with its number beside ours: mean ± spread over seeds (n)."""
+        ours = "ours" if self.profile.faithful else f"ours, {self.profile.name}"
         long = self.long_table()
         wide: dict[tuple[str, str], dict[str, str]] = {}
         for cell in long.itertuples():
@@ -130,48 +140,41 @@ class Exhibit:
             if cell.unit.lower() not in cell.column:
                 head += f" ({cell.unit})"
             if not np.isnan(cell.paper):
-                wide.setdefault((head, "paper"), {})[cell.row] = _number(cell.paper)
+                wide.setdefault((head, "paper"), {})[cell.row] = f"{cell.paper:.6g}"
             if cell.n:
-                wide.setdefault((head, self._ours), {})[cell.row] = _measured(cell)
+                wide.setdefault((head, ours), {})[cell.row] = wording.cell_text(cell)
         return pd.DataFrame(wide, index=list(dict.fromkeys(long.row))).fillna("–")
 
-    @property
-    def _ours(self) -> str:
-        return "ours" if self.profile.faithful else f"ours, {self.profile.name}"
-
-    @property
-    def _verdicts(self) -> list[Verdict]:
-        return judge(self.name, self.cells, self.profile.faithful)
-
     def verdicts(self) -> pd.DataFrame:
-        """The claims of this exhibit and what our numbers say of them."""
-        table = as_table(self._verdicts)
-        shown = pd.DataFrame(
-            {
-                "claim": [claimed(v) for v in self._verdicts],
-                "kind": table.kind,
-                "ours": [_bounded(v) for v in self._verdicts],
-                "paper": table.paper.map(lambda x: "" if np.isnan(x) else f"{x:.4g}"),
-                "n": table.n,
-                "verdict": [worded(v) for v in self._verdicts],
-            }
-        )
-        return shown.set_index("claim")
+        """The claims of this exhibit and our verdicts on them."""
+        verdicts = self._verdicts()
+        columns = {
+            "claim": [wording.claim_text(v) for v in verdicts],
+            "kind": [v.kind for v in verdicts],
+            "ours": [wording.estimate_text(v) for v in verdicts],
+            "paper": [wording.paper_text(v.paper) for v in verdicts],
+            "n": [v.n for v in verdicts],
+            "verdict": [wording.verdict_text(v) for v in verdicts],
+        }
+        return pd.DataFrame(columns).set_index("claim")
+
+    def _verdicts(self) -> list[Verdict]:
+        if self._judged is None:
+            self._judged = judge(self.name, self.cells, self.profile.faithful)
+        return self._judged
 
     def figure(self, figure: Figure, data: pd.DataFrame, alt: str, name: str = "figure") -> None:
-        """Save a figure as PNG, SVG and the CSV of what it plots, and show it where there is one.
+        """Save a figure as PNG and SVG, and its numbers as CSV.
 
         Args:
             data: the plotted numbers.
-            alt: what the figure shows, for who cannot see it.
+            alt: a description of the figure for readers who cannot see it.
         """
-        if self.used and not self.profile.evidence:
-            figures.stamp(figure, NO_EVIDENCE)
+        self._stamp(figure)
         about = self.provenance() | {"alt": alt}
-        for kind in ("png", "svg"):
+        text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+        for kind, metadata in (("png", text), ("svg", {"Description": alt, "Date": None})):
             buffer = io.BytesIO()
-            text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-            metadata = text if kind == "png" else {"Description": alt, "Date": None}
             figure.savefig(buffer, format=kind, metadata=metadata)
             self._write(f"{name}.{kind}", buffer.getvalue(), about)
         self._write(f"{name}.csv", data.to_csv(index=False), about)
@@ -185,18 +188,18 @@ class Exhibit:
         name: str = "animation",
         seconds: float = 0.6,
     ) -> bytes:
-        """Save as GIF what ``draw`` makes of the figure for every frame, and return it.
+        """Save an animation as GIF and return its content.
 
         Args:
-            alt: what it shows, for who cannot see it.
-            seconds: of one frame.
+            draw: draws one frame on the cleared figure.
+            alt: a description of the animation for readers who cannot see it.
+            seconds: duration of one frame.
         """
 
         def draw_stamped(frame: Any) -> None:
             figure.clear()
             draw(frame)
-            if self.used and not self.profile.evidence:
-                figures.stamp(figure, NO_EVIDENCE)
+            self._stamp(figure)
 
         with TemporaryDirectory() as folder:
             path = Path(folder) / "frames.gif"
@@ -206,26 +209,34 @@ class Exhibit:
         self._write(f"{name}.gif", content, self.provenance() | {"alt": alt})
         return content
 
+    @property
+    def _is_evidence(self) -> bool:
+        """Counted numbers are evidence in every profile, trained ones in some."""
+        return self.profile.evidence or not self.used
+
+    def _stamp(self, figure: Figure) -> None:
+        if not self._is_evidence:
+            figures.stamp(figure, NO_EVIDENCE)
+
     # --- recording --------------------------------------------------------------------------------
 
     def record(self) -> str:
-        """Write table, verdicts, provenance and the records of all runs used; return the footer.
+        """Write table, verdicts and provenance, copy the records of all runs; return a footer.
 
-        Raises StoreError where the results folder cannot be written; the runs are safe all the
-        same.
+        Raises StoreError where the results folder cannot be written. No run is lost then.
         """
         about = self.provenance()
         if self.cells:
-            warning = "" if self.profile.evidence or not self.used else f"\n**{NO_EVIDENCE}.**\n"
-            if any(verdict.reconstruction for verdict in self._verdicts):
+            warning = "" if self._is_evidence else f"\n**{NO_EVIDENCE}.**\n"
+            if any(verdict.reconstruction for verdict in self._verdicts()):
                 warning += f"\n{RECONSTRUCTED}\n"
             title = f"# {self.name}, profile {self.profile.folder}, {about['data'] or 'no data'}\n"
+            text = f"{title}{warning}\n{wording.markdown(self.table())}\n"
             self._write("table.csv", self.long_table().to_csv(index=False), about)
-            self._write("table.md", f"{title}{warning}\n{_markdown(self.table())}\n", about)
-            self._write("verdicts.csv", as_table(self._verdicts).to_csv(index=False), about)
-        records = files.results() / self.profile.folder / "records"
+            self._write("table.md", text, about)
+            self._write("verdicts.csv", as_table(self._verdicts()).to_csv(index=False), about)
         for trained in self.used.values():
-            store.copy_record(trained.run, records)
+            store.copy_record(trained, files.results() / self.profile.folder / "records")
         return (
             f"{self.name} · commit {about['commit']} · profile {self.profile.folder} · "
             f"data {about['data'] or 'none'} · seeds {about['seeds']} · {about['device']} · "
@@ -233,116 +244,23 @@ class Exhibit:
         )
 
     def provenance(self) -> dict:
-        """Where this exhibit's files come from."""
-        runs = [trained.run for trained in self.used.values()]
-        environments = [trained.summary["environment"] for trained in self.used.values()]
+        """The notebook, the profile, the commit, the runs and the versions of this exhibit."""
         return {
             "exhibit": self.name,
-            "notebook": notebook_of(self.name).relative_to(files.ROOT).as_posix(),
+            "notebook": provenance.notebook_of(self.name).relative_to(files.ROOT).as_posix(),
             "profile": self.profile.name,
             "evidence": self.profile.evidence,
-            "commit": current_commit(),
-            "runs": sorted(self.used),
-            "seeds": sorted({run.seed for run in runs}),
-            "data": ", ".join(sorted({display_name(run.data) for run in runs})),
-            "data_sets": sorted({run.data for run in runs}),
-            "device": ", ".join(sorted({e["device"] for e in environments})) or "none needed",
-            "training_seconds": round(sum(t.summary["seconds"] for t in self.used.values()), 1),
-            "peak_memory_mb": max((e["peak_memory_mb"] for e in environments), default=0),
+            "commit": provenance.current_commit(),
+            **provenance.of_runs(self.used.values()),
             "wall_seconds": round(time.time() - self.started, 1),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance.of_machine(),
         }
 
     def _write(self, name: str, content: bytes | str, about: dict) -> None:
-        """A file and, beside it, its provenance with the file's hash."""
-        content = content.encode() if isinstance(content, str) else content
-        about = about | {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
-        files.write_atomic(self.folder / name, content)
-        files.write_atomic(self.folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
+        provenance.write(self.folder / name, content, about)
 
 
 def exhibit_names() -> list[str]:
-    """All tables and figures that have published values or claims, and the book's own."""
-    claimed = {claim["exhibit"] for claim in all_claims()}
-    return sorted(claimed | set(published().exhibit) | set(OWN))
-
-
-def notebook_of(exhibit: str) -> Path:
-    """Where the notebook of an exhibit lies, by the number it has in reading order."""
-    paper, _, name = exhibit.partition("/")
-    found = sorted((files.ROOT / "notebooks").glob(f"{paper}/[0-9]*_{name}.ipynb"))
-    found += sorted((files.ROOT / "notebooks").glob(f"[0-9]*_{name}.ipynb"))
-    return found[0] if found else files.ROOT / "notebooks" / f"{exhibit}.ipynb"
-
-
-def current_commit() -> str:
-    """The commit at work, with ``+`` where code or notebooks differ from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", files.ROOT, *words]
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git on this machine
-            return ""
-
-    changed = git("status", "--porcelain", "--", "kdlib", "notebooks", "results/published")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"
-
-
-def _measured(cell) -> str:
-    """Ours as text: a count as it is, a measured mean ± spread over seeds and how many."""
-    if cell.counted:
-        return _number(cell.ours) if cell.ours == int(cell.ours) else f"{cell.ours:.5g}"
-    digits = 2 if abs(cell.ours) >= 1 else 3
-    if cell.n == 1:
-        return f"{cell.ours:.{digits}f} (1)"
-    return f"{cell.ours:.{digits}f} ± {cell.spread:.{digits}f} ({cell.n})"
-
-
-def _bounded(verdict: Verdict) -> str:
-    if np.isnan(verdict.estimate):
-        return ""
-    text = f"{verdict.estimate:+.3g}"
-    if verdict.kind == "value":
-        text += " from paper"
-    return text if np.isnan(verdict.low) else f"{text} [{verdict.low:+.3g}, {verdict.high:+.3g}]"
-
-
-def claimed(verdict: Verdict) -> str:
-    """The claim's sentence; of a value, also which."""
-    if verdict.kind != "value":
-        return verdict.says
-    return f"{verdict.says.rstrip('.')}: {verdict.id.split('/', 3)[3]}"
-
-
-def worded(verdict: Verdict) -> str:
-    """The verdict and, where it is of the direction only, on which side our estimate lies."""
-    only = verdict.verdict
-    if verdict.reconstruction and only == "direction only":
-        only = "reconstruction, direction only"
-    if verdict.verdict != "direction only" or verdict.as_claimed not in (True, False):
-        return only
-    if verdict.as_claimed:
-        side = "as claimed"
-    elif verdict.kind == "equal":
-        side = "not equal"
-    elif verdict.estimate == 0:
-        side = "a tie"
-    else:
-        side = "weaker than claimed" if verdict.estimate > 0 else "opposite"
-    return f"{only}: {side}"
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    heads = ["", *(" · ".join(column) for column in table.columns)]
-    rows = [[str(row), *map(str, values)] for row, *values in table.itertuples()]
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """All tables and figures with published values or claims, and the exhibits of this book."""
+    with_claims = {claim["exhibit"] for claim in all_claims()}
+    return sorted(with_claims | set(published().exhibit) | set(OWN))

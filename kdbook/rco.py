@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib import losses
-from kdlib.chains.divergence import last_model, logits_of, teacher_of, training_images
+from kdlib import losses, store
+from kdlib.chains.divergence import logits_of, teacher_of, training_images
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix
 from kdlib.models import build_model
+from kdlib.runs import Run
 from kdlib.store import Trained
 
 CHUNK = 500  # images in one forward pass
@@ -26,7 +27,7 @@ def training_losses(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
     logits = logits_of(trained.model(), images)
     row = {"ce": F.cross_entropy(logits, images.labels.cpu()).item()}
     if teacher := teacher_of(trained.run):
-        teacher_logits = logits_of(last_model(teacher), images)
+        teacher_logits = logits_of(_last_model(teacher), images)
         row["kd"] = losses.kd(logits, teacher_logits, temperature).item()
     return pd.DataFrame([row])
 
@@ -97,7 +98,7 @@ def noise_losses(
     images = load_data(trained.run.dataset, "test", device).first(count)
     models = [trained.model().to(device)]
     if teacher := teacher_of(trained.run):
-        models.append(last_model(teacher).to(device))
+        models.append(_last_model(teacher).to(device))
     sums = {
         (draw, delta): torch.zeros(2, device=device) for draw in range(draws) for delta in deltas
     }
@@ -161,7 +162,7 @@ def _common_start(several: tuple[Trained, ...]) -> Tensor:
             "These runs do not share their data, network, seed and start. Compare runs that do."
         )
     if run.start:
-        return _weights(last_model(run.start))
+        return _weights(_last_model(run.start))
     images = load_data(run.dataset, "test")
     return _weights(
         build_model(run.model, images.classes, images.channels, seed=mix("weights", run.seed))
@@ -171,3 +172,7 @@ def _common_start(several: tuple[Trained, ...]) -> Tensor:
 def _weights(model: nn.Module) -> Tensor:
     """The weights of convolutions and linear layers as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])
+
+
+def _last_model(run: Run) -> nn.Module:
+    return store.require_record(run).model()

@@ -11,14 +11,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kdbook import figures
 from kdbook.profiles import Profile
+from kdlib.chains.found import extract, searched_modules
 from kdlib.data import load_data
 from kdlib.models import Cost, Staged, build_model, count_cost
 from kdlib.models.architecture import Architecture
 from kdlib.models.channels import Channels
 from kdlib.runs import Run
+from kdlib.store import Trained
 
 # Factors on the strength and the rate of the gates, by profile. Gates must close in fewer steps in
 # a shorter profile.
@@ -38,7 +41,7 @@ def drop_rates(found: Architecture) -> pd.DataFrame:
     channels, removed, drop_rate.
     """
     channels = Channels(build_model(found.base, classes=10, seed=0), image_size=32)
-    kept, rows = channels.settle(found.is_open), []
+    kept, rows = channels.remaining(found.is_open), []
     for reader in channels.gated:
         ends = np.cumsum([connection.channels for connection in reader.inputs])
         parts = np.split(kept[reader.name], ends[:-1])
@@ -220,3 +223,29 @@ def _seconds(network: nn.Module, x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+@torch.no_grad()
+def extraction(trained: Trained) -> pd.DataFrame:
+    """The result of ``extract`` compared with the gated network, on the test set.
+
+    Columns: macs, counted on the extracted network; test_top1 in %; difference, the largest
+    absolute difference of a logit; logit, the largest absolute logit of the gated network.
+    """
+    modules, found = searched_modules(trained), extract(trained)
+    student, gates = modules["student"], modules["gates"]
+    images, scaled = load_data(trained.run.dataset, "test"), gates(student)
+    hits, difference, largest = 0, 0.0, 0.0
+    for index in torch.arange(len(images)).split(500):
+        x = images.batch(index)
+        ours, gated = found(x), functional_call(student, scaled, (x,))
+        hits += (ours.argmax(1) == images.labels[index]).sum().item()
+        difference = max(difference, (ours - gated).abs().max().item())
+        largest = max(largest, gated.abs().max().item())
+    row = {
+        "macs": count_cost(found, x.shape[-1]).macs,
+        "test_top1": 100 * hits / len(images),
+        "difference": difference,
+        "logit": largest,
+    }
+    return pd.DataFrame([row])

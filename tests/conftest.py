@@ -1,4 +1,4 @@
-"""Small things that many tests need; every test has a store and results of its own."""
+"""Fixtures of many tests. Every test has its own store and its own results."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,13 @@ from kdlib.engine.train import CACHES
 from kdlib.engine.trainer import Trainer
 from kdlib.store import fingerprint
 
-# Networks as small as these gain nothing from a second thread and lose much where a core is busy.
+# A second thread gains nothing for such small networks, and costs much on a busy core.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
+    """Give each test its own store, results and data."""
     for variable, folder in (("HOME", "home"), ("RESULTS", "results"), ("DATA", "data")):
         monkeypatch.setenv(f"KDLIB_{variable}", str(tmp_path / folder))
     monkeypatch.setenv("KDLIB_PROGRESS", "quiet")
@@ -30,7 +31,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fresh_data():
-    """No data set is remembered from before, or for later."""
+    """Forget all loaded data sets before and after the test, and at each call."""
     datasets._load.cache_clear()
     yield datasets._load.cache_clear
     datasets._load.cache_clear()
@@ -38,19 +39,19 @@ def fresh_data():
 
 @pytest.fixture
 def tiny():
-    """A run of a fraction of a second: ``tiny(epochs, **what differs)``."""
+    """Make a run of a fraction of a second; ``others`` are fields of its Recipe or Run."""
 
     def make(epochs=2, batch=24, lr=0.05, model="resnet8-x0.25", data="digits", **others):
-        recipe = {"milestones", "decay", "momentum", "weight_decay"} & others.keys()
-        settings = {name: others.pop(name) for name in recipe}
-        return Run(data, model, Recipe(epochs, batch, lr, **settings), images=128, **others)
+        names = {"milestones", "decay", "momentum", "weight_decay"} & others.keys()
+        recipe = Recipe(epochs, batch, lr, **{name: others.pop(name) for name in names})
+        return Run(data, model, recipe, images=128, **others)
 
     return make
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of random images: ``photos(name, count, seed)``."""
+    """Make a folder of random images, ``count`` of each class in each split."""
 
     def make(name="photos", count=4, seed=0):
         random = np.random.default_rng(seed)
@@ -68,7 +69,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Train in another store, as if nothing had happened before."""
+    """Train runs in another store, which is empty before the first call."""
 
     def train_elsewhere(*runs, **options):
         with monkeypatch.context() as patch:
@@ -83,12 +84,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def epochs_trained(monkeypatch):
-    """The list of (run id, epoch) that are trained from now on."""
+    """The list of all (run id, epoch) that are trained from now on."""
     trained, begin = [], Trainer.begin_epoch
 
-    def note(lane):
-        trained.append((lane.run.id, lane.epoch + 1))
-        begin(lane)
+    def note(trainer):
+        trained.append((trainer.run.id, trainer.epoch + 1))
+        begin(trainer)
 
     monkeypatch.setattr(Trainer, "begin_epoch", note)
     return trained
@@ -96,19 +97,19 @@ def epochs_trained(monkeypatch):
 
 @pytest.fixture
 def train_until(monkeypatch):
-    """Train, but be stopped: ``train_until(run, epoch, runs)``, when the run has so many epochs."""
+    """Interrupt the training of ``runs`` when ``run`` has so many epochs."""
 
     def stop(run, epoch, runs=None):
         end = Trainer.end_epoch
 
-        def stopped(lane):
-            row = end(lane)
-            if lane.run == run and lane.epoch == epoch:
+        def stopped(trainer):
+            row = end(trainer)
+            if trainer.run == run and trainer.epoch == epoch:
                 raise KeyboardInterrupt
             return row
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "SAVING_SHARE", 1e9)  # save every epoch, however short
+            patch.setattr(trainer_module, "SAVING_SHARE", 1e9)  # save after every epoch
             patch.setattr(Trainer, "end_epoch", stopped)
             with pytest.raises(KeyboardInterrupt):
                 train(runs or [run])
@@ -119,40 +120,43 @@ def train_until(monkeypatch):
 
 
 @pytest.fixture
-def swept(monkeypatch):
-    """The list of (teacher's fingerprint, split, image, view) that a bank asks its teacher for."""
-    asked, names, init, sweep = [], {}, LogitCache.__init__, LogitCache._sweep
+def computed_logits(monkeypatch):
+    """The list of all logits that teachers compute from now on for a LogitCache.
 
-    def name(bank, teacher, images):
-        init(bank, teacher, images)
-        # one that another bank folded has its name already
-        names.setdefault(bank.teacher, fingerprint(teacher.state_dict()))
+    Each is (fingerprint of the teacher, split, image, view).
+    """
+    computed, names, init, compute = [], {}, LogitCache.__init__, LogitCache._pass
 
-    def note(bank, index, view):
-        teacher = names[bank.teacher], bank.images.split
-        asked.extend((*teacher, *p) for p in zip(index.tolist(), view.tolist(), strict=True))
-        return sweep(bank, index, view)
+    def name(cache, teacher, images):
+        init(cache, teacher, images)
+        # a teacher that another cache has folded has its name already
+        names.setdefault(cache.teacher, fingerprint(teacher.state_dict()))
+
+    def note(cache, index, view):
+        teacher = names[cache.teacher], cache.images.split
+        computed.extend((*teacher, *p) for p in zip(index.tolist(), view.tolist(), strict=True))
+        return compute(cache, index, view)
 
     monkeypatch.setattr(LogitCache, "__init__", name)
-    monkeypatch.setattr(LogitCache, "_sweep", note)
-    return asked
+    monkeypatch.setattr(LogitCache, "_pass", note)
+    return computed
 
 
 @pytest.fixture
 def only_records(tmp_path, monkeypatch):
-    """Keep of runs their records, as a fresh clone has them."""
+    """Keep only the committed records of trained runs, as a fresh clone has them."""
 
-    def forget(*runs):
-        for run in runs:
-            store.copy_record(run, tmp_path / "results" / "course" / "records")
+    def forget(*results):
+        for trained in results:
+            store.copy_record(trained, tmp_path / "results" / "course" / "records")
         monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "fresh"))
 
     return forget
 
 
 @pytest.fixture
-def assert_resumes(elsewhere, train_until, epochs_trained):
-    """That a run of three epochs, stopped after two, ends as one that was never stopped."""
+def assert_resumes(tmp_path, elsewhere, train_until, epochs_trained):
+    """Check that a run of three epochs, interrupted after two, equals an uninterrupted one."""
 
     def check(run):
         (expected,) = elsewhere(run)
@@ -160,11 +164,10 @@ def assert_resumes(elsewhere, train_until, epochs_trained):
         epochs_trained.clear()
         resumed = train([run])[0]
         assert epochs_trained == [(run.id, 3)]
-        assert resumed.summary["weights"] == expected.summary["weights"]
-        assert resumed.summary["teachers"] == expected.summary["teachers"]
+        for key in ("weights", "teachers", "curve"):
+            assert resumed.summary.get(key) == expected.summary.get(key)
         assert same_log(resumed, expected)
         path = store.weights_path(run, 3)
-        other = path.parent.parent.parent / "elsewhere" / run.id / path.name
-        assert path.read_bytes() == other.read_bytes()
+        assert path.read_bytes() == (tmp_path / "elsewhere" / run.id / path.name).read_bytes()
 
     return check

@@ -1,69 +1,95 @@
-"""Small functions that several test files use."""
+"""Functions that several test files use."""
 
 import os
 
 import torch
-from torch.func import functional_call
+from torch.nn import BatchNorm2d
 
 from kdlib import build_model, load_data, store, train
-from kdlib.engine.logit_cache import CachePool
+from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.plan import plan
-from kdlib.engine.state import trained_networks
+from kdlib.engine.state import trained_modules
 from kdlib.engine.teachers import Teachers
 from kdlib.engine.trainer import Trainer
 from kdlib.methods import Step
+from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.store import fingerprint
+
+# --- trained runs ---------------------------------------------------------------------------------
 
 
 def final_weights(trained):
+    """The fingerprint of the last weights."""
     return trained.summary["weights"][str(trained.run.recipe.epochs)]
 
 
 def same_log(first, second):
+    """Whether two logs are equal but for the seconds."""
     return first.log.drop(columns="seconds").equals(second.log.drop(columns="seconds"))
 
 
-def interrupted(lane):
-    raise KeyboardInterrupt
+def aux_of(trained, epoch=None):
+    """The tensors of all auxiliary modules, by name."""
+    tensors = store.load_modules(trained.run, epoch or trained.run.recipe.epochs)
+    return {name: t for name, t in tensors.items() if not name.startswith("student.")}
 
 
-def move(run, other):
-    """Give a trained run the weights of another, as training on another machine might."""
-    weights = train([other])[0].model().state_dict()
-    record, last = train([run])[0], run.recipe.epochs
-    record.summary["weights"][str(last)] = store.save_weights(run, last, weights)
-    store.write_record(run, record.log.to_dict("records"), record.summary)
-    return record.summary["weights"][str(last)]
+def aux_fingerprint(trained, epoch=None):
+    return fingerprint(aux_of(trained, epoch))
+
+
+def peer_of(trained, epoch=None):
+    """The auxiliary module ``peer``."""
+    run = trained.run
+    images = load_data(run.data).first(run.images)
+    return trained_modules(run, epoch or run.recipe.epochs, images)["peer"]
+
+
+def replace_weights(run, other):
+    """Give a trained run the weights of another, as training on another machine may.
+
+    Returns their fingerprint.
+    """
+    weights = train([other])[0].model()
+    trained, last = train([run])[0], run.recipe.epochs
+    new = store.save_modules(run, last, torch.nn.ModuleDict({"student": weights}))
+    trained.summary["weights"][str(last)] = new
+    store.write_record(run, trained.rows, trained.summary)
+    return new
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 def new_trainer(run):
-    """A lane at the start of a run of ``tiny`` or where its saved state is."""
+    """A trainer of a run of ``tiny``, at its beginning or where its resume state is."""
     images = load_data(run.data).first(run.images)
     return Trainer(run, images, load_data(run.data, "test"), CachePool())
 
 
-def peer_of(trained, epoch=None):
-    """The peer's network, the run's method naming it."""
-    run = trained.run
-    images = load_data(run.data).first(run.images)
-    return trained_networks(run, epoch or run.recipe.epochs, images)["peer"]
+def interrupted(trainer):
+    raise KeyboardInterrupt
 
 
-def parts_of(trained, epoch=None):
-    """Tensors of all that was trained along, by name."""
-    tensors = store.load_networks(trained.run, epoch or trained.run.recipe.epochs)
-    return {name: t for name, t in tensors.items() if not name.startswith("student.")}
+def watch_teachers(monkeypatch):
+    """The list of all teachers and pretrained modules that steps use from now on."""
+    watched = []
+    for name in ("load_network", "load_pretrained"):
+        original = getattr(Teachers, name)
 
+        def note(teachers, *arguments, original=original):
+            original(teachers, *arguments)
+            networks = (teachers.network, *teachers.pretrained.values())
+            watched.extend(network for network in networks if network is not None)
 
-def parts_fingerprint(trained, epoch=None):
-    """Of all that was trained along."""
-    return fingerprint(parts_of(trained, epoch))
+        monkeypatch.setattr(Teachers, name, note)
+    return watched
 
 
 def batches(run, images):
-    """(epoch, image indices, views) of every step of a run, from the plans themselves.
+    """(epoch, image indices, views) of every step of a run, computed from the plans.
 
-    A batch belongs to the epoch in which its last image comes.
+    A batch belongs to the epoch of its last image.
     """
     n, batch, before = len(images), run.recipe.batch, run.epochs_before
     plans = [plan(run.seed, e, n, images.views) for e in range(before + run.recipe.epochs)]
@@ -73,8 +99,21 @@ def batches(run, images):
         yield (rows.stop - 1) // n - before, order[rows], views[rows]
 
 
-def step_in_float64(method, student, teacher, size=8, frozen=None):
-    """A batch of four images and what a lane would hand the loss, all of it in float64."""
+# --- one step -------------------------------------------------------------------------------------
+
+
+class Called(AutocastNetwork):
+    """A network as a loss calls it, but in its own precision."""
+
+    def __init__(self, network):
+        super().__init__(network, torch.device("cpu"), torch.float32)
+
+    def _float32(self, output):
+        return output
+
+
+def step_in_float64(method, student, teacher, size=8, pretrained=None):
+    """A step of four random images, with networks in float64 that are called directly."""
     generator = torch.manual_seed(0)
     x = torch.randn(4, 1, size, size, dtype=torch.float64)
     labels = torch.tensor([1, 0, 4, 2])
@@ -82,44 +121,34 @@ def step_in_float64(method, student, teacher, size=8, frozen=None):
         build_model(name, 5, 1, seed=k).double() for k, name in enumerate((student, teacher))
     )
     for module in teacher.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, BatchNorm2d):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     teacher.eval().requires_grad_(False)
     with torch.no_grad():
-        parts = method.parts(student.eval(), teacher, x)
-        targets = teacher(x)
-    parts = {name: part.double() for name, part in parts.items()}
-    return Step(x, labels, targets, student.train(), teacher, parts, frozen or {})
-
-
-class Called:
-    """A network as losses call it, at the precision that it has."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def __call__(self, *inputs):
-        return self.network(*inputs)
-
-    def __getattr__(self, name):
-        return getattr(self.network, name)
-
-    def with_weights(self, weights, x):
-        return functional_call(self.network, weights, (x,))
+        aux = method.aux_modules(student.eval(), teacher, x)
+        teacher_logits = teacher(x)
+    aux = {name: module.double() for name, module in aux.items()}
+    return Step(x, labels, teacher_logits, student.train(), teacher, aux, pretrained or {})
 
 
 def called(step):
-    """A step whose networks are as a lane hands them over; what ``noise`` asks for is drawn."""
-    parts = {name: Called(part) for name, part in step.parts.items()}
+    """The step with networks as a trainer calls them, and with random ``uniform`` inputs."""
+    aux = {
+        name: module if isinstance(module, InFloat32) else Called(module)
+        for name, module in step.aux.items()
+    }
     teacher = step.teacher and Called(step.teacher)
     uniform = torch.rand(4, 2, 5, generator=torch.manual_seed(1), dtype=torch.float64)
-    return step._replace(student=Called(step.student), teacher=teacher, parts=parts, noise=uniform)
+    inputs = {"uniform": uniform}
+    return step._replace(student=Called(step.student), teacher=teacher, aux=aux, inputs=inputs)
 
 
 def layers_by_hand(network, x):
-    """Of a ResNet of basic blocks, computed without what ``Staged`` and ``Block`` offer: the stem's
-    output, then the outputs of every convolution, stage by stage."""
+    """The stem's output, then the outputs of all convolutions of each stage.
+
+    Of a ResNet of basic blocks; computed without the methods of ``Staged`` and ``Block``.
+    """
     x = network.stem(x)
     found = [[x]]
     for stage in network.body:
@@ -133,25 +162,14 @@ def layers_by_hand(network, x):
 
 
 def gradients(value, modules):
-    """Of all parameters of these modules, 0 for those that the value does not depend on."""
+    """The gradients of all parameters of these modules; zeros where the value ignores one."""
     weights = [weight for module in modules for weight in module.parameters()]
     return torch.autograd.grad(
         value, weights, retain_graph=True, allow_unused=True, materialize_grads=True
     )
 
 
-def watch_teachers(monkeypatch):
-    """The list of all networks that teach runs from now on, as steps use them."""
-    watched = []
-    for name in ("enliven", "borrow"):
-        original = getattr(Teachers, name)
-
-        def note(teachers, *arguments, original=original):
-            original(teachers, *arguments)
-            watched.extend(n for n in (teachers.live, *teachers.frozen.values()) if n is not None)
-
-        monkeypatch.setattr(Teachers, name, note)
-    return watched
+# --- damaged files --------------------------------------------------------------------------------
 
 
 def truncate(path):

@@ -1,6 +1,7 @@
-"""A plugin of pytest beside nbval: kernels are reached over Unix sockets.
+"""A pytest plugin for nbval: kernels communicate over Unix sockets.
 
-Those of several processes that start at once would race for TCP ports, and the loser dies.
+Several pytest processes start kernels at the same time. With TCP, two kernels can choose the same
+port, and one of them stops.
 """
 
 import itertools
@@ -14,7 +15,7 @@ manager = nbval.kernel.KernelManager
 
 
 def over_sockets(**settings):
-    """nbval's kernel manager; every kernel has sockets of its own name."""
+    """Create a kernel manager of nbval whose sockets have a unique name."""
     return manager(transport="ipc", ip=f"{FOLDER.name}/{next(numbers)}", **settings)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The graph on a real SLURM of one node: install Debian's packages, start the daemons, run notebooks
-# as jobs of one (pretended) GPU each, stop the daemons.
+# Run two notebooks on a real SLURM cluster of one node: install the packages of Debian, start the
+# daemons, run each notebook as a job with one (fake) GPU, stop the daemons.
 #
 #   tests/slurm.sh
 #
-# Needs root, apt and a machine without a SLURM of its own. Where one is missing it says so and
-# passes: `SLURM test skipped: …`.
+# Needs root, apt and a machine without a SLURM installation. If one of them is missing, the test
+# prints `SLURM test skipped: …` and passes.
 source "$(dirname "$0")/../workflow/environment.sh"
 cd "$ROOT"
 skip() { echo "SLURM test skipped: $*"; exit 0; }
@@ -13,21 +13,21 @@ skip() { echo "SLURM test skipped: $*"; exit 0; }
 MARK="# written by tests/slurm.sh"
 RUN=$(mktemp -d)
 trap 'rm -rf "$RUN"' EXIT
-[ "$(id -u)" = 0 ] || skip "it installs packages, and so needs root."
-command -v apt-get >/dev/null || skip "there is no apt-get here."
+[ "$(id -u)" = 0 ] || skip "it installs packages, which needs root."
+command -v apt-get >/dev/null || skip "this machine has no apt-get."
 if [ -e /etc/slurm/slurm.conf ] && ! grep -q "$MARK" /etc/slurm/slurm.conf; then
-  skip "this machine has a SLURM of its own."
+  skip "this machine has its own SLURM installation."
 fi
 install_packages() {
   apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
     slurmctld slurmd slurm-client munge
 }
 command -v slurmctld >/dev/null || install_packages > "$RUN/apt.log" 2>&1 ||
-  skip "Debian's packages cannot be installed ($(tail -n 1 "$RUN/apt.log"))"
+  skip "the packages of Debian cannot be installed ($(tail -n 1 "$RUN/apt.log"))"
 "$PYTHON" -m pip install -q -c constraints.txt -e '.[slurm]' > "$RUN/pip.log" 2>&1 ||
-  skip "Snakemake's plugin cannot be installed ($(tail -n 1 "$RUN/pip.log"))"
+  skip "the SLURM plugin of Snakemake cannot be installed ($(tail -n 1 "$RUN/pip.log"))"
 
-stop() {  # each daemon that was started here, and nothing else
+stop() {  # stop the daemons that this script has started, and no others
   local file pid
   for file in "$RUN"/slurmd.pid "$RUN"/slurmctld.pid /run/munge/munged.pid; do
     [ -s "$file" ] || continue
@@ -40,7 +40,8 @@ stop() {  # each daemon that was started here, and nothing else
 trap stop EXIT
 
 mkdir -p "$RUN/state" "$RUN/spool" "$RUN/profile" /etc/slurm
-# The place is fixed: Snakemake's plugin drops SLURM_CONF. Memory is a number to schedule by, here.
+# The path is fixed, because Snakemake's plugin ignores SLURM_CONF. RealMemory is not the real
+# memory: the number only has to be large enough for the jobs.
 cat > /etc/slurm/slurm.conf <<CONF
 $MARK
 ClusterName=kdlib
@@ -70,9 +71,10 @@ GresTypes=gpu
 NodeName=localhost CPUs=2 RealMemory=64000 Gres=gpu:2 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-# A GPU needs a device file, of whatever device.
+# SLURM needs a device file for each GPU; any device will do.
 echo "NodeName=localhost Name=gpu File=/dev/null,/dev/zero" > /etc/slurm/gres.conf
-# Without an accounting database only squeue knows of jobs, and the plugin would ask sacct for ever.
+# There is no accounting database, so the plugin must ask squeue for the state of a job. If it asks
+# sacct, it waits forever.
 cat > "$RUN/profile/config.yaml" <<YAML
 slurm-status-command: squeue
 slurm-init-seconds-before-status-checks: 20
@@ -92,12 +94,12 @@ start > "$RUN/start.log" 2>&1 ||
 
 export KDLIB_HOME=$RUN/runs KDLIB_RESULTS=$RUN/results SNAKEMAKE_PROFILE=$RUN/profile
 timeout 900 ./run_all.sh --executor slurm --only book/start_here,kr/figure2 ||
-  { cat "$KDLIB_HOME/logs/snakemake.log" >&2; die "The graph failed on SLURM."; }
+  { cat "$KDLIB_HOME/logs/snakemake.log" >&2; die "A job failed on SLURM: see the log above."; }
 jobs=$(squeue --states=all --noheader --Format=state:12,tres-per-job:30)
-printf 'Jobs, and what they asked for:\n%s\n' "$jobs"
-[ "$(grep -c COMPLETED <<< "$jobs")" -eq 3 ] || die "Three completed jobs were expected."
-[ "$(grep -c gpu <<< "$jobs")" -eq 2 ] || die "Two of them should have asked for a GPU."
+printf 'Jobs and their requested resources:\n%s\n' "$jobs"
+[ "$(grep -c COMPLETED <<< "$jobs")" -eq 3 ] || die "Expected three completed jobs."
+[ "$(grep -c gpu <<< "$jobs")" -eq 2 ] || die "Expected two jobs that request a GPU."
 for file in kr/figure2/figure.png scorecard.html; do
-  [ -s "$KDLIB_RESULTS/smoke/$file" ] || die "$file was not made."
+  [ -s "$KDLIB_RESULTS/smoke/$file" ] || die "$file was not written."
 done
 echo "SLURM test: 3 passed, 0 failed"

@@ -1,4 +1,4 @@
-"""What benchmarks are judged by: counted work, measured ceilings, shares of bounds."""
+"""The counted work, the measured limits and the bounds of the benchmarks."""
 
 import sys
 
@@ -16,10 +16,10 @@ from kdlib.models.staged import batch_norm
 
 HALF = torch.bfloat16
 EPOCH = 50_000
-COPY = 4.3e12  # bytes/s that the tables below are for
+COPY = 4.3e12  # bytes/s of the machine in the tables below
 
 
-def on_paper(name: str) -> nn.Module:
+def without_storage(name: str) -> nn.Module:
     with torch.device("meta"):
         return build_model(name, classes=100)
 
@@ -42,13 +42,13 @@ def on_paper(name: str) -> nn.Module:
     ],
 )
 def test_a_forward_pass_has_two_flops_for_every_multiply_accumulate(name):
-    network = on_paper(name)
+    network = without_storage(name)
     work = bounds.forward(network, batch=3, dtype=torch.float32)
     assert work.flops == 3 * 2 * count_cost(network, image_size=32).macs
 
 
 def tiny() -> nn.Module:
-    """On images of 8 x 8: 192 elements in, 256 out of the convolution, 4 out of the pooling."""
+    """For 8 x 8 images: 192 elements in, 256 after the convolution, 4 after the pooling."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False),
         batch_norm(4),
@@ -59,17 +59,17 @@ def tiny() -> nn.Module:
     )
 
 
-MULTIPLIED = 256 * 27  # by the convolution, and 4 x 10 by the linear layer
+CONVOLUTION = 256 * 27  # multiply-accumulates; the linear layer has 4 x 10
 PARAMETERS = 108 + 8 + 50
 
 
 def test_work_of_a_step_counted_by_hand():
     work = bounds.training(tiny(), batch=2, dtype=torch.float32, image_size=8)
-    # The first convolution: forward and gradient of its weights, none of the images.
-    assert work.flops == 2 * 2 * (2 * MULTIPLIED + 3 * 40)
+    # The first convolution has no gradient of its input, the images.
+    assert work.flops == 2 * 2 * (2 * CONVOLUTION + 3 * 40)
     convolution, norm, relu, pool, linear = 2 * (192 + 256), 8 * 256, 5 * 256, 2 * 260, 3 * 14
     moved = 2 * (convolution + norm + relu + pool + linear)
-    # Weights: read twice, their gradient written; the update reads three and writes two.
+    # Weights: two reads and a written gradient; the update reads three tensors and writes two.
     assert work.bytes == 4 * (moved + (3 + 5) * PARAMETERS)
     assert work.kernels == 2 + 5 + 2 + 2 + 4 + 25
 
@@ -81,12 +81,12 @@ def test_half_precision_halves_activations_and_casts_weights():
     assert work.kernels == 40 + 2 * 2
 
 
-def test_what_the_compiler_joins_is_not_moved():
+def test_operations_that_the_compiler_fuses_move_no_bytes():
     eager = bounds.training(tiny(), batch=2, dtype=torch.float32, image_size=8)
-    joined = bounds.training(tiny(), batch=2, dtype=torch.float32, compiled=True, image_size=8)
-    assert joined.flops == eager.flops
-    assert eager.bytes - joined.bytes == 2 * 4 * 5 * 256  # ReLU
-    assert eager.kernels - joined.kernels == 1 + 2 + 10  # of the batch norm, of ReLU, of the rest
+    fused = bounds.training(tiny(), batch=2, dtype=torch.float32, compiled=True, image_size=8)
+    assert fused.flops == eager.flops
+    assert eager.bytes - fused.bytes == 2 * 4 * 5 * 256  # ReLU
+    assert eager.kernels - fused.kernels == 1 + 2 + 10  # batch norm, ReLU, the rest
 
 
 def test_folding_saves_a_read_and_a_write_of_every_folded_norm():
@@ -99,7 +99,7 @@ def test_folding_saves_a_read_and_a_write_of_every_folded_norm():
     assert plain.kernels - fold.kernels == 9
 
 
-def test_counting_leaves_the_network_alone():
+def test_counting_does_not_change_the_network():
     network = tiny().eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     bounds.training(network, batch=2, dtype=torch.float32, image_size=8)
@@ -108,14 +108,14 @@ def test_counting_leaves_the_network_alone():
         assert torch.equal(tensor, before[name])
 
 
-def test_an_operation_that_nobody_counted_is_refused():
+def test_an_operation_without_a_count_is_an_error():
     with pytest.raises(KeyError, match="sigmoid"):
         bounds.operations(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), training=False)
 
 
-# An independent count on paper: per epoch of 50,000 images in bfloat16 at 4.3 TB/s, with a counter
-# of batches in every batch norm, which kdlib's do without.
-STEPS = [  # name, batch, seconds of bytes eager and compiled, kernels a step eager and compiled
+# An independent count by hand: per epoch of 50,000 images in bfloat16 at 4.3 TB/s. It includes a
+# counter of batches in every batch norm, which kdlib's batch norms do not have.
+STEPS = [  # name, batch, memory seconds eager and compiled, kernels per step eager and compiled
     ("mobilenetv2-t6-w0.5", 64, 0.098, 0.074, 704, 443),
     ("resnet20", 128, 0.101, 0.071, 316, 187),
     ("resnet56", 128, 0.28, 0.19, 820, None),
@@ -124,7 +124,7 @@ STEPS = [  # name, batch, seconds of bytes eager and compiled, kernels a step ea
     ("densenet-bc-100-12", 128, 2.06, 1.35, 1460, 859),
     ("resnet50", 64, 1.87, 1.36, 742, 443),
 ]
-SWEEPS = [  # name, seconds of bytes plain, folded and fused, kernels plain and folded
+PASSES = [  # name, memory seconds plain, folded and fused, kernels plain and folded
     ("resnet50", 0.58, 0.42, 0.20, 172, 119),
     ("resnet110", 0.18, 0.13, 0.06, 386, 275),
 ]
@@ -133,16 +133,16 @@ SWEEPS = [  # name, seconds of bytes plain, folded and fused, kernels plain and 
 @pytest.mark.parametrize(
     ("name", "batch", "eager", "compiled", "kernels", "fewer"), STEPS, ids=lambda value: str(value)
 )
-def test_steps_as_counted_on_paper(name, batch, eager, compiled, kernels, fewer):
-    network = on_paper(name)
-    for joined, seconds, count in ((False, eager, kernels), (True, compiled, fewer)):
-        work = bounds.training(network, batch, HALF, compiled=joined)
+def test_steps_as_counted_by_hand(name, batch, eager, compiled, kernels, fewer):
+    network = without_storage(name)
+    for compiles, seconds, count in ((False, eager, kernels), (True, compiled, fewer)):
+        work = bounds.training(network, batch, HALF, compiled=compiles)
         assert work.bytes * EPOCH / batch / COPY == pytest.approx(seconds, rel=0.03)
         assert count is None or work.kernels == pytest.approx(count, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "plain", "fold", "fused", "kernels", "fewer"), SWEEPS)
-def test_sweeps_as_counted_on_paper(name, plain, fold, fused, kernels, fewer):
+@pytest.mark.parametrize(("name", "plain", "fold", "fused", "kernels", "fewer"), PASSES)
+def test_teacher_passes_as_counted_by_hand(name, plain, fold, fused, kernels, fewer):
     network = build_model(name, classes=100).eval()
     without = folded(network)
     works = [
@@ -172,7 +172,7 @@ def test_the_slowest_part_is_the_bound(work, seconds, cause):
     assert name == cause
 
 
-def test_the_best_of_several_ceilings():
+def test_the_best_of_several_measurements():
     measured = [Ceilings(1.0, 20.0, 0.3), Ceilings(2.0, 10.0, 0.5)]
     assert Ceilings.best(measured) == Ceilings(2.0, 20.0, 0.3)
 
@@ -185,7 +185,7 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "CHANNELS", 32)
 
 
-def test_the_roofline_judges_a_student_and_a_teacher(small_ceilings, tmp_path, monkeypatch):
+def test_the_roofline_measures_a_student_and_a_teacher(small_ceilings, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "STUDENTS", [roofline.Case("resnet8-x0.25", 8)])
     monkeypatch.setattr(roofline, "DENSENET", {"cpu": roofline.Case("densenet-bc-10-4", 8)})
     monkeypatch.setattr(roofline, "TEACHERS", [roofline.Case("resnet8-x0.25", None)])
@@ -193,11 +193,11 @@ def test_the_roofline_judges_a_student_and_a_teacher(small_ceilings, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["roofline", *options])
     roofline.main()
     table = pd.read_csv(tmp_path / "out" / "roofline-cpu.csv")
-    names = ["resnet8-x0.25, batch 8", "densenet-bc-10-4, batch 8", "resnet8-x0.25, labels"]
+    names = ["resnet8-x0.25, batch 8", "densenet-bc-10-4, batch 8", "resnet8-x0.25, teacher"]
     for name in names:
         rows = table[table.case.str.startswith(name)]
         speeds = rows[rows.quantity == "images/s"].value
-        shares = rows[rows.quantity.str.startswith("share")].value
+        shares = rows[rows.quantity == "share of the bound"].value
         assert len(speeds) == len(shares) == 2
         assert (speeds > 0).all()
         assert (shares > 0).all()

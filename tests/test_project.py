@@ -1,23 +1,25 @@
-"""The project's own files hold together: environments, notebooks, generated text."""
+"""Facts about the repository: environments, packages and their imports, notebooks, scripts."""
 
+import ast
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
+from collections import defaultdict
+from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 
 import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from kdlib.files import ROOT
+from kdbook.cli import headers, requirements_met
+from kdbook.cli.notebooks import ROOT, all_notebooks
 
-sys.path.insert(0, str(ROOT / "workflow"))
-import book
-import headers
-import requirements_met
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 REQUIREMENTS = [
     Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
 ]
@@ -25,7 +27,21 @@ CONSTRAINTS = {
     requirement.name.lower(): requirement
     for requirement in map(Requirement, (ROOT / "constraints.txt").read_text().splitlines())
 }
-NOTEBOOKS = {n.exhibit: nbformat.read(n.path, as_version=4) for n in book.notebooks()}
+NOTEBOOKS = {n.exhibit: nbformat.read(n.path, as_version=4) for n in all_notebooks()}
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("kdlib", "kdbook")
+    for path in sorted(ROOT.glob(f"{package}/**/*.py"))
+}
+# Rooms of kdlib, lowest first: a file imports from its own level and from lower ones.
+ROOMS = [
+    ("errors", "files"),
+    ("losses", "data", "models"),
+    *(("description", "runs"), ("methods",), ("store",), ("engine",), ("chains",), ("kdlib",)),
+]
+
+
+# --- environments ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)
@@ -47,12 +63,130 @@ def test_this_environment_satisfies_the_requirements():
     assert requirements_met.missing() == []
 
 
-def test_generated_headers_and_map_are_up_to_date():
+def test_requirements_are_checked_by_a_file_that_needs_no_package():
+    file = ROOT / "kdbook" / "cli" / "requirements_met.py"
+    assert subprocess.run([sys.executable, "-I", file], check=False).returncode == 0
+    assert not {name.partition(".")[0] for name in imports(file)} & {"kdlib", "kdbook"}
+
+
+def test_shell_scripts_parse():
+    scripts = ("run_all.sh", "run_tests.sh", "workflow/environment.sh", "tests/slurm.sh", ".ci/run")
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def imports(path) -> set[str]:
+    """Full names of all imported modules and names, in functions and TYPE_CHECKING blocks too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_files(path) -> set[str]:
+    """The modules of this project that a file imports."""
+    found = set()
+    for name in imports(path):
+        if name in SOURCES:
+            found.add(name)
+        elif (module := name.rpartition(".")[0]) in SOURCES:
+            found.add(module)
+    return found
+
+
+def level(module: str) -> int:
+    room = [*module.split("."), "kdlib"][1]
+    return next(k for k, rooms in enumerate(ROOMS) if room in rooms)
+
+
+def code_lines(path) -> int:
+    """Lines of code: blank lines, comments and docstrings are not counted."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    with tokenize.open(path) as file:
+        tokens = [t for t in tokenize.generate_tokens(file.readline) if t.type not in skipped]
+    lines = {k for t in tokens if t.string for k in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        holder = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if holder and ast.get_docstring(node, clean=False) is not None:
+            lines -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    return len(lines)
+
+
+def test_the_project_installs_the_packages_kdlib_and_kdbook():
+    (include,) = PYPROJECT["tool"]["setuptools"]["packages"]["find"].values()
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {f for f in folders if any(fnmatch(f, pattern) for pattern in include)} == {
+        "kdlib",
+        "kdbook",
+    }
+    assert all((path.parent / "__init__.py").exists() for path in SOURCES.values())
+
+
+def test_kdlib_never_imports_kdbook_and_no_room_imports_a_later_one():
+    wrong = []
+    for module, path in SOURCES.items():
+        if module.startswith("kdlib"):
+            for other in imported_files(path):
+                if other.startswith("kdbook") or level(other) > level(module):
+                    wrong.append(f"{module} imports {other}")
+    assert wrong == []
+
+
+def test_no_files_import_each_other_in_a_cycle():
+    graph = {module: imported_files(path) for module, path in SOURCES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+
+
+def test_kdlib_can_be_imported_without_the_packages_that_only_the_book_needs():
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "pandas", "matplotlib", "seaborn", "IPython", "jupyterlab", "papermill", "snakemake",
+            "sklearn",
+        }:
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import kdlib
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_file_is_long_and_kdlib_is_small():
+    assert {m for m, path in SOURCES.items() if len(path.read_text().splitlines()) > 300} == set()
+    counted = defaultdict(int)
+    for module, path in SOURCES.items():
+        counted[module.partition(".")[0]] += code_lines(path)
+    assert counted["kdlib"] <= 4000, dict(counted)
+
+
+def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(
+        '"""Module.\n\nText."""\n\n# comment\nX = """\ntext\n"""  # two\n\n\n'
+        'def f():\n    """One."""\n    return [\n        1,\n    ]\n'
+    )
+    assert code_lines(path) == 3 + 4
+
+
+# --- generated text and notebooks -----------------------------------------------------------------
+
+
+def test_generated_headers_and_the_list_of_notebooks_are_up_to_date():
     assert headers.outdated(write=False) == []
     assert headers.readme() == (ROOT / "README.md").read_text()
 
 
-def test_the_address_stands_in_pyproject_and_in_generated_cells_only():
+def test_the_address_is_written_in_pyproject_and_in_generated_cells_only():
     typed = []
     for path in ROOT.rglob("*"):
         if path.suffix in {".py", ".md", ".sh", ".yml", ".cff"} and ".venv" not in path.parts:
@@ -75,6 +209,15 @@ def test_notebook_keeps_to_the_house_rules(exhibit):
         assert golden == bool(cell.outputs) == (cell.execution_count is not None)
 
 
+def test_notebooks_import_from_kdlib_and_kdbook_alone():
+    found = {}
+    for exhibit, content in NOTEBOOKS.items():
+        code = "\n".join(cell.source for cell in content.cells if cell.cell_type == "code")
+        imported = set(re.findall(r"^\s*(?:from|import) (kd\S+)", code, re.MULTILINE))
+        found |= {exhibit: extra} if (extra := imported - {"kdlib", "kdbook"}) else {}
+    assert found == {}
+
+
 def test_every_solution_is_in_a_cell_that_can_be_dropped():
     for exhibit, content in NOTEBOOKS.items():
         checks = sum(bool(re.search(r"check\(\s*answer", cell.source)) for cell in content.cells)
@@ -82,19 +225,3 @@ def test_every_solution_is_in_a_cell_that_can_be_dropped():
         code = [cell.source for cell in solved if cell.cell_type == "code"]
         assert checks == len(code), exhibit
         assert all("if answer is None:" in source for source in code), exhibit
-
-
-def test_code_hash_notices_a_change_of_the_library(monkeypatch, tmp_path):
-    (tmp_path / "kdlib").mkdir()
-    file = tmp_path / "kdlib" / "a.py"
-    monkeypatch.setattr(book, "ROOT", tmp_path)
-    file.write_text("one")
-    before = book.code_hash()
-    file.write_text("two")
-    assert book.code_hash() != before
-
-
-def test_shell_scripts_parse():
-    scripts = ("run_all.sh", "run_tests.sh", "workflow/environment.sh", "tests/slurm.sh", ".ci/run")
-    for script in scripts:
-        assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0

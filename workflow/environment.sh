@@ -1,14 +1,15 @@
-# Sourced by run_all.sh and run_tests.sh: finds or makes the Python environment and sets $PYTHON.
+# run_all.sh and run_tests.sh source this file. It finds or creates the Python environment and sets
+# $PYTHON. The first of these environments is used:
 #
-# 1. $KDLIB_VENV, if set: that environment, made if it is not there.
+# 1. $KDLIB_VENV, if set; it is created if it does not exist.
 # 2. The active environment (venv or conda), if it satisfies pyproject.toml.
-# 3. .venv in this checkout, made if it is not there.
+# 3. .venv in this checkout; it is created if it does not exist.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# Relative folders are the caller's, not those of a notebook that runs elsewhere.
+# Notebooks run in other folders, so relative paths are made absolute here.
 for variable in KDLIB_HOME KDLIB_RESULTS KDLIB_DATA KDLIB_VENV; do
   case ${!variable:-} in
     '' | /*) ;;
@@ -26,10 +27,10 @@ find_python() {
       command -v "$name"; return
     fi
   done
-  die "Python 3.11 or newer is needed and was not found on PATH."
+  die "No Python 3.11 or newer is on PATH. Install one, or add its folder to PATH."
 }
 
-pip_install() {  # pip_install DIRECTORY ARGUMENTS...; what is cached makes a second try short
+pip_install() {  # pip_install DIRECTORY ARGUMENTS...; pip's cache makes a second try short
   local venv=$1 try
   shift
   for try in 1 2 3; do
@@ -38,7 +39,8 @@ pip_install() {  # pip_install DIRECTORY ARGUMENTS...; what is cached makes a se
     sleep $((try * 5))
   done
   tail -n 25 "$venv/install.log" >&2
-  die "The installation failed. Mend what stands above and call again; all of it: $venv/install.log"
+  die "The installation failed: see the messages above, or all of them in $venv/install.log." \
+    "Correct the cause, then call this script again."
 }
 
 make_environment() {  # make_environment DIRECTORY
@@ -46,19 +48,20 @@ make_environment() {  # make_environment DIRECTORY
   [ -x "$python" ] || "$(find_python)" -m venv "$venv"
   wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
   if [ "$(cat "$venv/kdlib-requirements" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing the packages into $venv (once; torch with its libraries takes minutes) …"
+    echo "Installing the packages into $venv (only once; torch and its libraries take minutes) …"
     pip_install "$venv" -c constraints.txt -e '.[test]'
     printf '%s\n' "$wanted" > "$venv/kdlib-requirements"
-  elif ! PYTHONPATH='' "$python" "$ROOT/workflow/requirements_met.py" --installed-here; then
+  elif ! PYTHONPATH='' "$python" "$REQUIREMENTS_MET" --installed-here; then
     pip_install "$venv" --no-deps -e .
   fi
   PYTHON=$python
 }
 
+REQUIREMENTS_MET=$ROOT/kdbook/cli/requirements_met.py
 if [ -n "${KDLIB_VENV:-}" ]; then
   make_environment "$KDLIB_VENV"
 elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && command -v python >/dev/null &&
-     python "$ROOT/workflow/requirements_met.py"; then
+     python "$REQUIREMENTS_MET"; then
   PYTHON=$(command -v python)
 else
   make_environment "$ROOT/.venv"

@@ -1,1 +1,1 @@
-"""The command line: `python -m kdbook.cli.<program>`, called by run_all.sh and the Snakefile."""
+"""The command line: `python -m kdbook.cli.<program>`; run_all.sh and the Snakefile call it."""

@@ -1,30 +1,31 @@
-"""What a notebook asks to be trained, found without training it."""
+"""Read which runs a notebook declares, without training them."""
 
 import contextlib
 import json
 from collections.abc import Mapping
 
-import book
-
 import kdlib
-from kdlib.engine.train import Search
+from kdbook.cli.notebooks import Notebook
+from kdlib.engine.train import RunChain
 from kdlib.errors import DataError
 from kdlib.runs import Run
 
 
-class Declared(Exception):
-    """Carries what a notebook asked for instead of training it."""
+class TrainCalled(Exception):
+    """A notebook has called ``train``; the exception carries the runs."""
 
 
-def asked_for(notebook: book.Notebook, **parameters) -> list[Run | Search]:
-    """What a notebook's call of ``train`` is about; nothing where it calls it nowhere.
+def declared_runs(notebook: Notebook, **parameters) -> list[Run | RunChain]:
+    """Return the runs that a notebook passes to ``train``; an empty list if it does not train.
 
-    Its cells are executed up to there, with these parameters in place of its own.
+    Executes the notebook's cells up to this call. ``parameters`` replace the notebook's own.
+
+    Raises ValueError if no executed cell calls ``train``.
     """
 
     def stop(runs, **options):
         rows = runs.values() if isinstance(runs, Mapping) else [runs]
-        raise Declared([run for row in rows for run in row])
+        raise TrainCalled([run for row in rows for run in row])
 
     if not notebook.trains:
         return []
@@ -34,12 +35,15 @@ def asked_for(notebook: book.Notebook, **parameters) -> list[Run | Search]:
         for cell in code:
             tags = cell["metadata"].get("tags", [])
             if "install" not in tags:
-                # prints go nowhere, nor do pictures of data that is not there yet
+                # A cell may show images of a data set that is not downloaded yet: skip its error.
                 with contextlib.redirect_stdout(None), contextlib.suppress(DataError):
                     exec("".join(cell["source"]), namespace)
                 namespace |= parameters if "parameters" in tags else {}
-    except Declared as asked:
-        return asked.args[0]
+    except TrainCalled as call:
+        return call.args[0]
     finally:
         kdlib.train = train
-    raise ValueError(f"{notebook.path} speaks of train and did not call it.")
+    raise ValueError(
+        f"{notebook.path} contains 'train(', but none of its cells calls train. "
+        f"Import it with 'from kdlib import train' and call it at the top level of a cell."
+    )

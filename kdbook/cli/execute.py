@@ -1,6 +1,6 @@
-"""Execute one notebook with papermill, and accept it only if it ran whole.
+"""Execute one notebook with papermill; write the copy only if every cell ran.
 
-python workflow/execute.py NOTEBOOK OUTPUT [--set NAME=JSON ...]
+python -m kdbook.cli.execute NOTEBOOK OUTPUT [--set NAME=JSON ...]
 """
 
 import argparse
@@ -10,33 +10,37 @@ import tempfile
 import time
 from pathlib import Path
 
-import book
-import gpu_slot
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
+from kdbook.cli.gpu_slot import gpu_slot
+from kdbook.cli.notebooks import label, parse_arguments
+
 
 def execute(notebook: Path, output: Path, parameters: dict) -> float:
-    """Write the executed copy to ``output`` and return the seconds it took.
+    """Write the executed copy to ``output`` and return the time in seconds.
 
-    A copy that failed lies beside it as ``<name>.failed.ipynb``.
+    If a cell fails, the copy is kept beside ``output`` as ``<name>.failed.ipynb``.
 
     Raises:
-        ValueError: a parameter that the notebook does not have.
-        papermill.PapermillExecutionError: a cell raised.
-        RuntimeError: the notebook did not run to its end.
+        ValueError: the notebook has no such parameter.
+        papermill.PapermillExecutionError: a cell raised an error.
+        RuntimeError: the notebook stopped before its last cell.
     """
     known = papermill.inspect_notebook(str(notebook))
     if unknown := parameters.keys() - known.keys():
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}.")
+        raise ValueError(
+            f"{notebook.name} has no parameter {', '.join(sorted(unknown))}. "
+            f"Its parameters are: {', '.join(known)}."
+        )
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = output.with_suffix(".failed.ipynb")
     with tempfile.TemporaryDirectory() as sockets:
-        # Unix sockets: no ports to race for when several kernels start at once. They get a folder
-        # of their own, since the default is one name for all kernels of a working directory.
+        # Several kernels start at the same time and would compete for TCP ports: use Unix sockets.
+        # By default all kernels of a folder share one socket name: use a new folder for each.
         transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
         papermill.execute_notebook(
             str(notebook),
@@ -51,8 +55,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> float:
     content = nbformat.read(failed, as_version=4)
     about = content.metadata.papermill
     if about.get("end_time") is None or about.get("exception"):
-        raise RuntimeError(f"{notebook.name} did not run to its end.")
-    # Copies are committed: where they lay on this machine is nobody's business.
+        raise RuntimeError(f"{notebook.name} stopped before its last cell. See {failed}.")
+    # Executed copies are committed, so they must not contain paths of this machine.
     about.update(input_path=notebook.name, output_path=output.name)
     nbformat.write(content, failed)
     os.replace(failed, output)
@@ -63,23 +67,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
-    arguments = book.parse(parser)
-    name = arguments.notebook.stem
-    print(f"  … {arguments.notebook.parent.name}/{name}", flush=True)
+    arguments = parse_arguments(parser)
+    name = label(arguments.notebook)
+    print(f"  … {name}", flush=True)
     try:
-        with gpu_slot.gpu_slot():
+        with gpu_slot():
             seconds = execute(arguments.notebook, arguments.output, arguments.parameters)
     except DeadKernelError as error:
-        print(f"  ✗ {name}: the kernel died, as it does when memory runs out", flush=True)
+        print(f"  ✗ {name}: the kernel stopped; a usual cause is too little memory", flush=True)
         sys.exit(str(error))
     except papermill.PapermillExecutionError as error:
         print(f"  ✗ {name}: {error.ename}: {error.evalue}", flush=True)
-        sys.exit(
-            f"{error}\nThe notebook up to there: {arguments.output.with_suffix('.failed.ipynb')}"
-        )
+        copy = arguments.output.with_suffix(".failed.ipynb")
+        sys.exit(f"{error}\nThe notebook up to this cell: {copy}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"  ✓ {arguments.notebook.parent.name}/{name} · {seconds:.0f} s", flush=True)
+    print(f"  ✓ {name} · {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,121 +1,122 @@
-"""What a profile will train, read off the notebooks before anything is trained.
+"""Count the training of a profile before it starts; the runs are read from the notebooks.
 
-python workflow/forecast.py [PROFILE ...]      all profiles without arguments
+python -m kdbook.cli.forecast [PROFILE ...]      all profiles if none is given
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-import book
-from declared import asked_for
-
-import kdlib
+from kdbook.cli.declared import declared_runs
+from kdbook.cli.notebooks import Notebook, all_notebooks
 from kdbook.profiles import PROFILES
-from kdlib.engine.passes import ancestry, teacher_passes
+from kdlib import build_model
+from kdlib.engine.graph import ancestry
+from kdlib.engine.passes import teacher_passes
+from kdlib.methods import KDGAN
+from kdlib.methods.peers import WithPeer
 from kdlib.runs import Run
 
-# What one epoch of a route adds to weights: half-precision logits of 10,000 images, 100 classes.
-ROUTE_LOGITS = 2_000_000
+# Bytes of the logits that a teacher saves after each epoch: 10,000 images, 100 classes, float16.
+SAVED_LOGITS = 2_000_000
 
 
-def declared(notebook: book.Notebook, **parameters) -> list[Run]:
-    """The runs of a notebook's call of ``train``, those of a search as it foresees them."""
+def estimated_runs(notebook: Notebook, **parameters) -> list[Run]:
+    """The runs of a notebook; for a chain, the runs that it is estimated to need."""
     runs: list[Run] = []
-    for item in asked_for(notebook, **parameters):
+    for item in declared_runs(notebook, **parameters):
         runs += [item] if isinstance(item, Run) else item.estimate()
     return runs
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a set of runs costs, each counted once, and their teachers with them.
+    """Cost of a set of runs and of all runs that they learn or start from, each counted once.
 
     Attributes:
-        students, teachers: how many runs.
-        student_epochs, teacher_epochs: passes over the training images that train them.
-        live, banked: passes of teachers that label, beside every student or with the label bank.
-        route: bytes of the largest teacher's route, weights and logits.
-        disk: bytes of all weights kept, and of logits along routes.
+        students, teachers: numbers of runs.
+        student_epochs, teacher_epochs: passes over the training images to train them.
+        peer_epochs: passes that train a second network along with the student, as DML, Rocket
+            Launching and KDGAN do. KDGAN's discriminator is small and not counted.
+        uncached, cached: forward passes of teachers over the training images, if the teacher runs
+            beside every student, and with the cache of the teachers' logits.
+        route: bytes of weights and logits of the largest teacher that saves logits.
+        disk: bytes of all weights and logits that are kept.
     """
 
     students: int
     teachers: int
     student_epochs: int
     teacher_epochs: int
-    live: int
-    banked: float
+    peer_epochs: int
+    uncached: int
+    cached: float
     route: int
     disk: int
 
 
 def forecast(runs: Iterable[Run]) -> Forecast:
-    runs = list(runs)
     everything = ancestry(runs)
-    labelling = {t.id for run in everything for t, _ in run.teachers}
-    teachers = [run for run in everything if run.id in labelling]
-    students = [run for run in everything if run.id not in labelling]
-    sweeps = teacher_passes(students).values()
-    kept, routes = _kept(runs)
-    disk = {
-        run.id: len(kept[run.id] | {run.recipe.epochs}) * _bytes(run.model)
-        + (run.id in routes) * run.recipe.epochs * ROUTE_LOGITS
-        for run in everything
-    }
+    taught_by = {teacher.id for run in everything for teacher, _ in run.teachers}
+    epochs = {run.id: run.recipe.epochs for run in everything}
+    passes = teacher_passes(everything).values()
+    disk = {run.id: _kept_bytes(run) for run in everything}
     return Forecast(
-        students=len(students),
-        teachers=len(teachers),
-        student_epochs=sum(run.recipe.epochs for run in students),
-        teacher_epochs=sum(run.recipe.epochs for run in teachers),
-        live=sum(s.live for s in sweeps),
-        banked=sum(s.banked for s in sweeps),
-        route=max((disk[run] for run in routes), default=0),
+        students=len(epochs.keys() - taught_by),
+        teachers=len(taught_by),
+        student_epochs=sum(epochs[run] for run in epochs.keys() - taught_by),
+        teacher_epochs=sum(epochs[run] for run in taught_by),
+        peer_epochs=sum(epochs[run.id] for run in everything if _peer(run)),
+        uncached=sum(p.uncached for p in passes),
+        cached=sum(p.cached for p in passes),
+        route=max((disk[run.id] for run in everything if run.save_logits), default=0),
         disk=sum(disk.values()),
     )
 
 
-def _kept(runs: Iterable[Run]) -> tuple[dict[str, set[int]], set[str]]:
-    """Kept epochs by run, its own and those that others learn or start from; runs with a route."""
-    kept: dict[str, set[int]] = defaultdict(set)
-    routes, visited, pending = set(), set(), list(runs)
-    while pending:
-        run = pending.pop()
-        kept[run.id].update(run.keep)
-        routes |= {run.id} if run.route else set()
-        for parent, epoch in () if run.id in visited else run.parents:
-            kept[parent.id].add(epoch)
-            pending.append(parent)
-        visited.add(run.id)
-    return kept, routes
+def _peer(run: Run) -> str | None:
+    """Name of the network that the method trains along with the student."""
+    method = run.method
+    while inner := getattr(method, "inner", None):
+        method = inner
+    if isinstance(method, WithPeer):
+        return method.peer
+    return method.teacher.model if isinstance(method, KDGAN) else None
+
+
+def _kept_bytes(run: Run) -> int:
+    checkpoints = len({*run.keep, run.recipe.epochs})
+    networks = sum(_bytes(model) for model in (run.model, _peer(run)) if model)
+    return checkpoints * networks + run.save_logits * run.recipe.epochs * SAVED_LOGITS
 
 
 @cache
 def _bytes(model: str) -> int:
-    network = kdlib.build_model(model, classes=100, seed=0)
+    # The architecture behind the @ is not found yet; it is at most as large as its base.
+    network = build_model(model.partition("@")[0], classes=100, seed=0)
     return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 
-def table(profiles: Iterable[str], data: dict | None = None) -> str:
-    """One line per profile."""
-    heads = ("profile", "students", "epochs", "teachers", "epochs", "sweeps live", "banked")
-    heads += ("a route", "all on disk")
-    rows = [heads]
-    for profile in profiles:
-        runs = [run for n in book.notebooks() for run in declared(n, profile=profile, data=data)]
-        f = forecast(runs)
+COLUMNS = (
+    *("profile", "students", "epochs", "peer epochs", "teachers", "epochs"),
+    *("teacher passes", "cached", "largest route", "disk"),
+)
+
+
+def table(profile_names: Iterable[str], data: dict | None = None) -> str:
+    """A text table with one line per profile."""
+    rows = [COLUMNS]
+    for profile_name in profile_names:
+        parameters = {"profile_name": profile_name, "data": data}
+        f = forecast(run for n in all_notebooks() for run in estimated_runs(n, **parameters))
         counts = (
-            f.students,
-            f.student_epochs,
-            f.teachers,
-            f.teacher_epochs,
-            f.live,
-            round(f.banked),
+            *(f.students, f.student_epochs, f.peer_epochs, f.teachers, f.teacher_epochs),
+            *(f.uncached, round(f.cached)),
         )
         sizes = (f"{size / 1e9:,.1f} GB" for size in (f.route, f.disk))
-        rows.append((profile, *(f"{count:,}" for count in counts), *sizes))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
+        rows.append((profile_name, *(f"{count:,}" for count in counts), *sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in pairs)
         for pairs in (enumerate(zip(row, widths, strict=True)) for row in rows)

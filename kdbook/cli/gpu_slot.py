@@ -1,4 +1,4 @@
-"""One GPU of a machine for each notebook that runs there at the same time."""
+"""Give each process on a machine its own GPU."""
 
 import getpass
 import os
@@ -13,13 +13,14 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def gpu_slot(folder: Path | None = None) -> Iterator[str | None]:
-    """Hold one of the GPUs that ``$KDLIB_GPUS`` names, such as ``0,1``, and show no other.
+    """Reserve one of the GPUs in ``$KDLIB_GPUS``, such as ``0,1``, and hide all others.
 
-    Waits until one is free. A lock dies with its process. Without the variable nothing is held and
-    nothing hidden: elsewhere a scheduler sets ``CUDA_VISIBLE_DEVICES``.
+    Waits until a GPU is free and sets ``CUDA_VISIBLE_DEVICES``. The system releases the
+    reservation when the process ends. Without ``$KDLIB_GPUS`` nothing changes: on a cluster the
+    scheduler sets ``CUDA_VISIBLE_DEVICES``.
 
     Args:
-        folder: of the locks; None for one that all of this user's checkouts share.
+        folder: of the lock files; None for one folder per user of the machine.
     """
     names = [name for name in os.environ.get("KDLIB_GPUS", "").split(",") if name]
     if not names:

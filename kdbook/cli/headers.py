@@ -1,16 +1,17 @@
-"""Write what is generated: each notebook's badges and install cell, and the README's map.
+"""Write the generated text: badges and install cell of each notebook, the README's list of them.
 
-python workflow/headers.py [--check]      the project's address comes from pyproject.toml alone
+python -m kdbook.cli.headers [--check]      the project's address is read from pyproject.toml
 """
 
 import re
 import sys
 import tomllib
 
-import book
 import nbformat
 
-ADDRESS = tomllib.loads((book.ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+from kdbook.cli.notebooks import ROOT, Notebook, all_notebooks
+
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 COLAB = "https://colab.research.google.com"
 
 INSTALL = f"""\
@@ -24,25 +25,25 @@ if importlib.util.find_spec("kdlib") is None:
     sys.path.insert(0, "book")"""
 
 
-def badges(notebook: book.Notebook) -> str:
-    """One line of badges, and what the notebook costs in each profile."""
-    inside = notebook.path.relative_to(book.ROOT)
+def badges(notebook: Notebook) -> str:
+    """One line of badges, and the expected time of the notebook in each profile."""
+    inside = notebook.path.relative_to(ROOT)
     where = ADDRESS.removeprefix("https://github.com/")
     badge = f"{COLAB}/assets/colab-badge.svg"
     links = [f"[![Open in Colab]({badge})]({COLAB}/github/{where}/blob/main/{inside})"]
     up = "../" * (len(inside.parts) - 1)
-    for profile in ("paper", "course"):
-        executed = f"results/{profile}/notebooks/{inside.relative_to('notebooks')}"
-        if (book.ROOT / executed).exists():
-            links.append(f"[executed, {profile} profile]({up}{executed})")
-    costs = ", ".join(f"{profile} {cost}" for profile, cost in notebook.cost.items())
+    for profile_name in ("paper", "course"):
+        executed = f"results/{profile_name}/notebooks/{inside.relative_to('notebooks')}"
+        if (ROOT / executed).exists():
+            links.append(f"[executed, {profile_name} profile]({up}{executed})")
+    costs = ", ".join(f"{profile_name} {cost}" for profile_name, cost in notebook.cost.items())
     return f"{' · '.join(links)}\n\nTime to run: {costs}."
 
 
 def outdated(write: bool) -> list[str]:
-    """Notebooks whose generated cells differ from what they should be; rewritten if asked."""
+    """Return the exhibits whose generated cells are out of date; rewrite them if ``write``."""
     found = []
-    for notebook in book.notebooks():
+    for notebook in all_notebooks():
         content = nbformat.read(notebook.path, as_version=4)
         wanted = {"badges": badges(notebook), "install": INSTALL}
         cells = {tag: c for c in content.cells for tag in c.metadata.get("tags", [])}
@@ -56,22 +57,22 @@ def outdated(write: bool) -> list[str]:
 
 
 def readme() -> str:
-    """The README with its map of the notebooks as it should be."""
+    """Return the README with an up-to-date table of the notebooks."""
     rows = ["| notebook | exhibit | what it shows | smoke |", "| --- | --- | --- | --- |"]
-    for n in book.notebooks():
-        inside = n.path.relative_to(book.ROOT)
+    for n in all_notebooks():
+        inside = n.path.relative_to(ROOT)
         rows.append(f"| [{n.path.name}]({inside}) | {n.exhibit} | {n.title} | {n.cost['smoke']} |")
     marked = r"(<!-- map:.*?-->\n).*?(<!-- /map -->)"
-    text = (book.ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     return re.sub(marked, lambda m: m[1] + "\n".join(rows) + "\n" + m[2], text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     checking = "--check" in sys.argv
     changed = outdated(write=not checking)
-    if readme() != (book.ROOT / "README.md").read_text():
+    if readme() != (ROOT / "README.md").read_text():
         changed.append("README.md")
         if not checking:
-            (book.ROOT / "README.md").write_text(readme())
-    print("\n".join(changed) or "All headers are as they should be.")
+            (ROOT / "README.md").write_text(readme())
+    print("\n".join(changed) or "All generated text is up to date.")
     sys.exit(bool(changed) and checking)

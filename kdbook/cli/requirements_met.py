@@ -1,6 +1,7 @@
-"""Exit 0 if this Python environment satisfies pyproject.toml, 1 if not.
+"""Exit with 0 if this Python environment satisfies pyproject.toml, with 1 if it does not.
 
-With ``--installed-here``: if the installed kdlib is the one of this checkout.
+With ``--installed-here``: exit with 0 if the installed packages are those of this checkout. This
+file is run by its path, before the packages are installed, so it imports none of them.
 """
 
 import sys
@@ -9,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def missing() -> list[str]:
-    """Requirements, the test extra's included, that the environment does not satisfy."""
+    """Requirements that the environment does not satisfy, those of the extra ``test`` included."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,9 +30,10 @@ def missing() -> list[str]:
 
 
 def installed_here() -> bool:
+    """Whether kdlib and kdbook are installed from this checkout."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    spec = find_spec("kdlib")
-    return spec is not None and Path(spec.origin).resolve().parent.parent == ROOT
+    specs = [find_spec(package) for package in ("kdlib", "kdbook")]
+    return all(spec and Path(spec.origin).resolve().parents[1] == ROOT for spec in specs)
 
 
 if __name__ == "__main__":

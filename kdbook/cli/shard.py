@@ -1,32 +1,32 @@
-"""Train what a notebook asks for with one seed, for the notebook to find when it runs.
+"""Train the runs of one notebook for one seed; the notebook finds them in the store later.
 
-python workflow/shard.py NOTEBOOK SEED [--set NAME=JSON ...]
+python -m kdbook.cli.shard NOTEBOOK SEED [--set NAME=JSON ...]
 """
 
 import argparse
 import time
 from pathlib import Path
 
-import book
-import gpu_slot
+from kdbook.cli.gpu_slot import gpu_slot
+from kdbook.cli.notebooks import all_notebooks, parse_arguments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("seed", type=int)
-    arguments = book.parse(parser)
-    (notebook,) = [n for n in book.notebooks() if n.path == arguments.notebook.resolve()]
-    name = f"{notebook.path.parent.name}/{notebook.path.stem}, seed {arguments.seed}"
+    arguments = parse_arguments(parser)
+    (notebook,) = [n for n in all_notebooks() if n.path == arguments.notebook.resolve()]
+    name = f"{notebook.name}, seed {arguments.seed}"
     print(f"  … {name}", flush=True)
     started = time.monotonic()
-    with gpu_slot.gpu_slot():
-        from declared import asked_for
-
+    with gpu_slot():
+        # torch reads which GPUs are visible, so it is imported after the slot is held.
         import kdlib
+        from kdbook.cli.declared import declared_runs
 
-        runs = asked_for(notebook, seeds=[arguments.seed], **arguments.parameters)
-        kdlib.train(runs, partial=True)  # what failed is the notebook's to tell
+        runs = declared_runs(notebook, seeds=[arguments.seed], **arguments.parameters)
+        kdlib.train(runs, partial=True)  # the notebook reports runs that fail
     print(f"  ✓ {name} · {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -50,11 +50,6 @@ def teacher_of(run: Run) -> Run | None:
     return checkpoint and checkpoint.run
 
 
-def last_model(run: Run) -> nn.Module:
-    """The network of a run after its last epoch. Raises StoreError where it is missing."""
-    return store.require_record(run).model()
-
-
 def training_images(run: Run) -> Images:
     """The images that a run learns from, on the device that ``train`` would choose."""
     return load_data(run.dataset, "train", pick_device()).first(run.images)

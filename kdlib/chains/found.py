@@ -6,15 +6,13 @@ import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
-from torch.func import functional_call
 
 from kdlib.data import load_data
 from kdlib.engine.state import trained_modules
 from kdlib.errors import NothingFound
 from kdlib.methods.gates import GateSearch
-from kdlib.models import Staged, build_model, count_cost, load_weights
+from kdlib.models import Staged, build_model, load_weights
 from kdlib.models.architecture import MARK, Architecture, random_architecture
 from kdlib.models.channels import Channels
 from kdlib.models.pruned import prune
@@ -134,7 +132,7 @@ def kept_channels(trained: Trained, epoch: int | None) -> pd.DataFrame:
     """
     import pandas as pd  # `import kdlib` needs no pandas
 
-    gates = _modules(trained, epoch)["gates"]
+    gates = searched_modules(trained, epoch)["gates"]
     found = Architecture.of(trained.run.model, gates.channels, gates.kept())
     return pd.DataFrame(found.kept, columns=["layer", "kept"])
 
@@ -145,7 +143,7 @@ def extract(trained: Trained) -> Staged:
     In eval mode and frozen; its logits equal those of the gated network. Raises StoreError without
     the search's weights.
     """
-    modules = _modules(trained)
+    modules = searched_modules(trained)
     student, gates = modules["student"], modules["gates"]
     merged = copy.deepcopy(student)
     load_weights(merged, merged.state_dict() | gates(student))
@@ -153,35 +151,8 @@ def extract(trained: Trained) -> Staged:
     return found.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def extraction(trained: Trained) -> pd.DataFrame:
-    """The result of ``extract`` compared with the gated network, on the test set.
-
-    Columns: macs, counted on the extracted network; test_top1 in %; difference, the largest
-    absolute difference of a logit; logit, the largest absolute logit of the gated network.
-    """
-    import pandas as pd  # `import kdlib` needs no pandas
-
-    modules, found = _modules(trained), extract(trained)
-    student, gates = modules["student"], modules["gates"]
-    images, scaled = load_data(trained.run.dataset, "test"), gates(student)
-    hits, difference, largest = 0, 0.0, 0.0
-    for index in torch.arange(len(images)).split(500):
-        x = images.batch(index)
-        ours, gated = found(x), functional_call(student, scaled, (x,))
-        hits += (ours.argmax(1) == images.labels[index]).sum().item()
-        difference = max(difference, (ours - gated).abs().max().item())
-        largest = max(largest, gated.abs().max().item())
-    row = {
-        "macs": count_cost(found, x.shape[-1]).macs,
-        "test_top1": 100 * hits / len(images),
-        "difference": difference,
-        "logit": largest,
-    }
-    return pd.DataFrame([row])
-
-
-def _modules(trained: Trained, epoch: int | None = None) -> nn.ModuleDict:
+def searched_modules(trained: Trained, epoch: int | None = None) -> nn.ModuleDict:
+    """The ``student`` and the ``gates`` of a search, after ``epoch``; None for its last."""
     run = trained.run
     epoch = run.recipe.epochs if epoch is None else epoch
     images = load_data(run.dataset).first(run.images)

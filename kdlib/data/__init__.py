@@ -1,4 +1,4 @@
-"""Data sets as device-resident uint8 images."""
+"""Data sets: uint8 images that stay in the memory of one device."""
 
 from kdlib.data.datasets import (
     canonical_name,
@@ -10,13 +10,3 @@ from kdlib.data.datasets import (
 )
 from kdlib.data.distortion import split_name
 from kdlib.data.images import Images
-
-__all__ = [
-    "Images",
-    "canonical_name",
-    "count_views",
-    "display_name",
-    "download",
-    "load_data",
-    "split_name",
-]

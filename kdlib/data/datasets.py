@@ -1,14 +1,13 @@
-"""Data sets by name: digits, torchvision's own files, folders of images.
+"""Data sets by name: digits, MNIST, CIFAR, and folders of images.
 
-Folders are decoded once into one uint8 file of the store; the file is made anew when the folder
-changes.
+A folder of images is decoded once into a cache file of the store. When the folder changes, it is
+decoded again.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +25,11 @@ from kdlib.errors import DataError, UnknownName
 
 SPLITS = ("train", "test")
 FOLDER_SIZE = 32
-FOLDER_TYPES = {".png", ".jpg", ".jpeg"}
+FOLDER_TYPES = (".png", ".jpg", ".jpeg")
 
 
 class Kind(NamedTuple):
-    """What is fixed about a data set: augmentation and normalisation as the papers use them."""
+    """Augmentation and normalisation of a data set, as the papers use them."""
 
     pad: int
     flip: bool
@@ -44,90 +43,102 @@ KINDS = {
     "cifar10": Kind(4, True, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Kind(4, True, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
+# A folder is normalised by the mean and the deviation of its own training images.
+FOLDER_KIND = Kind(4, True, (), ())
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 
-FOLDER_KIND = Kind(4, True, (0.5,), (0.5,))  # of which mean and deviation are its images' own
+# The folder of every canonical name that this process has computed.
+_folders: dict[str, Path] = {}
 
 
 def load_data(name: str, split: str = "train", device: str | torch.device = "cpu") -> Images:
-    """One split of a data set, resident on ``device``.
+    """One split of a data set, in the memory of ``device``.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, ``mnist`` or ``folder:<path>`` with
-            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``, resized to 32x32 where they are not;
-            ``+noise<deviation>`` or ``+blur<deviation>`` behind it distorts every image.
+        name: ``digits``, ``cifar10``, ``cifar100``, ``mnist`` or ``folder:<path>`` with images in
+            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``; images of other sizes are resized to
+            32x32. The suffix ``+noise<deviation>`` or ``+blur<deviation>`` distorts every image.
         split: ``train`` or ``test``.
 
     Raises:
-        UnknownName: no such data set or split.
-        DataError: files that are missing or damaged, and how to get them.
+        UnknownName: the data set or the split is unknown.
+        DataError: a file is missing or damaged; the message says how to get it.
     """
     if split not in SPLITS:
         raise UnknownName("split", split, SPLITS)
     return _load(canonical_name(name), split, str(torch.device(device)))
 
 
-def canonical_name(name: str) -> str:
-    """The name under which runs know a data set: for a folder its own name and content hash.
-
-    Free of the machine it is read on, so that a run's id is, too. Raises as ``load_data``.
-    """
-    base, distortion = split_name(name)
-    if base.startswith("folder:"):
-        folder = Path(base.removeprefix("folder:")).expanduser().resolve()
-        canonical = f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
-        _folders[canonical] = folder
-        return canonical + distortion
-    if base not in KINDS and "@" not in base:
-        raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
-    return base + distortion
-
-
 def check_name(name: str) -> None:
+    """Raise UnknownName for an unknown data set; no file is read, and no folder is looked for."""
     base, _ = split_name(name)
     if base not in KINDS and not base.startswith("folder:") and "@" not in base:
         raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
 
 
+def canonical_name(name: str) -> str:
+    """The name of a data set on every machine: of a folder, its own name and a hash of its images.
+
+    The ids of runs contain this name, so it does not contain the path. Reads the folder, and
+    raises the errors of ``load_data``.
+    """
+    check_name(name)
+    base, distortion = split_name(name)
+    if base.startswith("folder:"):
+        folder = Path(base.removeprefix("folder:")).expanduser().resolve()
+        base = _folder_name(
+            folder, tuple(os.stat(path).st_mtime_ns for path in folder.glob("*/*/"))
+        )
+        _folders[base] = folder
+    return base + distortion
+
+
+@lru_cache
+def _folder_name(folder: Path, changed: tuple[int, ...]) -> str:
+    """Computed again when a class folder has ``changed``; an image that changed is found later,
+    when the images are loaded."""
+    return f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
+
+
 def count_views(name: str) -> int:
-    """Distinct views of a training image, known without loading one."""
-    base, _ = split_name(canonical_name(name))
-    kind = KINDS.get(base, FOLDER_KIND)
+    """The number of views of a training image; no image is read. Raises UnknownName."""
+    check_name(name)
+    kind = KINDS.get(split_name(name)[0], FOLDER_KIND)
     return (2 * kind.pad + 1) ** 2 * (1 + kind.flip)
 
 
 def display_name(name: str) -> str:
-    """The name to print beside a number: a folder's without its hash."""
+    """The name for tables and figures: of a folder, its own name without path and hash."""
     base, distortion = split_name(name)
     folder = base.removeprefix("folder:").rstrip("/").rpartition("/")[2]
     return re.sub("@[0-9a-f]{12}$", "", folder) + distortion
 
 
 def download(name: str) -> Path:
-    """Fetch ``cifar10``, ``cifar100`` or ``mnist`` with torchvision, which checks their sums."""
-    if name not in _torchvision_names:
-        raise UnknownName("downloadable data set", name, _torchvision_names)
+    """Download ``cifar10``, ``cifar100`` or ``mnist``; torchvision verifies the checksums.
+
+    Returns the folder of the files. Raises UnknownName for another data set.
+    """
+    if name not in TORCHVISION:
+        raise UnknownName("downloadable data set", name, TORCHVISION)
     for split in SPLITS:
         _torchvision(name, split, fetch=True)
     return files.data_root()
 
 
-_folders: dict[str, Path] = {}
-_torchvision_names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
-
-
 @lru_cache(maxsize=4)
 def _load(name: str, split: str, device: str) -> Images:
     base, distortion = split_name(name)
+    kind = KINDS.get(base)
     if base == "digits":
         pixels, labels, class_names = _digits(split)
-    elif base in _torchvision_names:
+    elif base in TORCHVISION:
         pixels, labels, class_names = _torchvision(base, split)
     else:
         pixels, labels, class_names, kind = _folder(base, split)
-    kind = KINDS.get(base) or kind
     if distortion:
         pixels = distort(pixels, distortion, split)
-    if split == "test":  # seen as it is: one view
+    if split == "test":  # test images are not augmented
         kind = kind._replace(pad=0, flip=False)
     pixels = F.pad(torch.from_numpy(pixels), (0, 0, kind.pad, kind.pad, kind.pad, kind.pad))
     return Images(
@@ -147,56 +158,52 @@ def _digits(split: str) -> tuple:
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     chosen = (np.arange(len(pixels)) % 5 == 4) == (split == "test")
-    return pixels[chosen], bunch.target[chosen], [str(digit) for digit in range(10)]
+    return pixels[chosen], bunch.target[chosen], map(str, range(10))
 
 
 def _torchvision(name: str, split: str, fetch: bool = False) -> tuple:
-    import torchvision
+    import torchvision  # takes seconds
 
     root = files.data_root()
     advice = (
-        f"Fetch it with `python -m kdlib.data {name}`, put torchvision's files there, set "
-        f"KDLIB_DATA, or let another data set stand in: `./run_all.sh --data {name}=folder:PATH`."
+        f"Download it with `python -m kdlib.data {name}`, copy torchvision's files there, set "
+        f"KDLIB_DATA, or use another data set instead: `./run_all.sh --data {name}=folder:PATH`."
     )
     try:
-        dataset = getattr(torchvision.datasets, _torchvision_names[name])(
-            root, train=split == "train", download=fetch
-        )
-        return _pixels(dataset.data), dataset.targets, dataset.classes
-    except RuntimeError as error:  # torchvision's word for both "missing" and "wrong checksum"
+        kind = getattr(torchvision.datasets, TORCHVISION[name])
+        dataset = kind(root, train=split == "train", download=fetch)
+        pixels = np.asarray(dataset.data)
+    except RuntimeError as error:  # a file is missing, or its checksum is wrong
         raise DataError(f"{name} is missing or damaged under {root}. {advice}") from error
     except (OSError, ValueError, EOFError, AssertionError) as error:
         raise DataError(f"{name} under {root} cannot be read ({error}). {advice}") from error
-
-
-def _pixels(data) -> np.ndarray:
-    """torchvision's images as ``[n, height, width, channels]``."""
-    data = np.asarray(data)
-    return data[..., None] if data.ndim == 3 else data
+    # [n, height, width] becomes [n, height, width, 1]
+    return pixels.reshape(*pixels.shape[:3], -1), dataset.targets, dataset.classes
 
 
 def _folder(name: str, split: str) -> tuple:
+    content = name.rpartition("@")[2]
     if name not in _folders:
         raise DataError(
-            f"The run names the image folder {display_name(name)!r} (content {name.rpartition('@')[2]}), "
-            f"and no such folder was named: pass it as `folder:PATH`."
+            f"The run needs the image folder {display_name(name)!r} (content {content}), and its "
+            f"path is unknown: give it as `folder:PATH`."
         )
     cache = _folder_cache(_folders[name])
-    if not cache["content"].startswith(name.rpartition("@")[2]):
-        raise DataError(f"{_folders[name]} has changed since this run was described as {name}.")
+    if not cache["content"].startswith(content):
+        raise DataError(f"{_folders[name]} has changed since the run was defined on {name}.")
     with safe_open(cache["file"], "np") as tensors:
         pixels, labels = (tensors.get_tensor(f"{split}_{part}") for part in ("pixels", "labels"))
-    mean, std = tuple(cache["mean"]), tuple(cache["std"])
-    return pixels, labels, cache["classes"], FOLDER_KIND._replace(mean=mean, std=std)
+    kind = FOLDER_KIND._replace(mean=tuple(cache["mean"]), std=tuple(cache["std"]))
+    return pixels, labels, cache["classes"], kind
 
 
 def _folder_cache(folder: Path) -> dict:
-    """What the cache file of an image folder says of itself; the file is made where it is stale."""
-    found = list(_list_images(folder))
-    digest = hashlib.sha256()
-    for split, label_, path in found:
+    """The description in a folder's cache file; a missing or old cache file is written anew."""
+    found, digest = _list_images(folder), hashlib.sha256()
+    for split, class_name, path in found:
         status = os.stat(path)
-        digest.update(f"{split}/{label_}/{path}/{status.st_size}/{status.st_mtime_ns}\n".encode())
+        line = f"{split}/{class_name}/{path}/{status.st_size}/{status.st_mtime_ns}\n"
+        digest.update(line.encode())
     fingerprint = digest.hexdigest()
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     file = files.home() / "cache" / f"{folder.name}-{place}.safetensors"
@@ -206,76 +213,75 @@ def _folder_cache(folder: Path) -> dict:
         if about["fingerprint"] == fingerprint:
             return about | {"file": file}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        pass  # absent, damaged or of another make: decode again
-    about = _decode_folder(found, file, fingerprint)
+        pass  # the file is missing, damaged or from another version
+    about, tensors = _decode_folder(found)
+    about["fingerprint"] = fingerprint
+    with files.replacing(file) as temporary:
+        save_file(tensors, temporary, {"about": json.dumps(about)})
     return about | {"file": file}
 
 
-def _list_images(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(split, class, path) of every image, in a fixed order."""
-    classes = None
+def _list_images(folder: Path) -> list[tuple[str, str, str]]:
+    """(split, class, path) of every image, sorted by name.
+
+    Own code: torchvision takes seconds to import, and it also takes images from subfolders.
+    """
+    classes = {}
     for split in SPLITS:
         if not (folder / split).is_dir():
             raise DataError(f"{folder} has no folder {split}/: an image folder needs both splits.")
-        names = sorted(entry.name for entry in os.scandir(folder / split) if entry.is_dir())
-        if classes is not None and names != classes:
-            odd = sorted(set(names) ^ set(classes))[:5]
-            raise DataError(f"{folder}: train/ and test/ differ in their classes: {odd}.")
-        classes = names
-        for name in names:
-            entries = sorted(os.scandir(folder / split / name), key=lambda entry: entry.name)
-            paths = [e.path for e in entries if Path(e.name).suffix.lower() in FOLDER_TYPES]
+        classes[split] = {entry.name for entry in os.scandir(folder / split) if entry.is_dir()}
+    if odd := classes["train"] ^ classes["test"]:
+        raise DataError(f"{folder}: train/ and test/ differ in their classes: {sorted(odd)[:5]}.")
+    if not classes["train"]:
+        raise DataError(f"{folder}/train has no class folders.")
+    found = []
+    for split in SPLITS:
+        for name in sorted(classes[split]):
+            paths = sorted(entry.path for entry in os.scandir(folder / split / name))
+            paths = [path for path in paths if path.lower().endswith(FOLDER_TYPES)]
             if not paths:
                 raise DataError(f"{folder / split / name} has no .png, .jpg or .jpeg image.")
-            yield from ((split, name, path) for path in paths)
-    if not classes:
-        raise DataError(f"{folder}/train has no class folders.")
+            found += [(split, name, path) for path in paths]
+    return found
 
 
-def _decode_folder(found: list[tuple[str, str, str]], file: Path, fingerprint: str) -> dict:
-    from PIL import Image
-
+def _decode_folder(found: list[tuple[str, str, str]]) -> tuple[dict, dict[str, np.ndarray]]:
+    """The description of a folder's images, and the images and labels of both splits."""
     classes = sorted({name for _, name, _ in found})
-    number = {name: k for k, name in enumerate(classes)}
     content, tensors = hashlib.sha256(json.dumps(classes).encode()), {}
     for split in SPLITS:
-        members = [(number[name], path) for which, name, path in found if which == split]
+        members = [(name, path) for which, name, path in found if which == split]
         pixels = np.empty((len(members), FOLDER_SIZE, FOLDER_SIZE, 3), dtype=np.uint8)
         for k, (_, path) in enumerate(members):
-            try:
-                with Image.open(path) as image:
-                    image = image.convert("RGB")
-                    if image.size != (FOLDER_SIZE, FOLDER_SIZE):
-                        image = image.resize((FOLDER_SIZE, FOLDER_SIZE), Image.Resampling.BICUBIC)
-                    pixels[k] = np.asarray(image)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise DataError(f"{path} cannot be read as an image ({error}).") from error
-        labels = np.array([label_ for label_, _ in members], dtype=np.int64)
+            pixels[k] = _decode(path)
+        labels = np.array([classes.index(name) for name, _ in members], dtype=np.int64)
         content.update(pixels.data)
         content.update(labels.data)
         tensors |= {f"{split}_pixels": pixels, f"{split}_labels": labels}
     mean, std = _statistics(tensors["train_pixels"])
-    about = {
-        "fingerprint": fingerprint,
-        "content": content.hexdigest(),
-        "classes": classes,
-        "mean": mean,
-        "std": std,
-    }
-    with files.replacing(file) as temporary:
-        save_file(tensors, temporary, {"about": json.dumps(about)})
-    return about
+    about = {"content": content.hexdigest(), "classes": classes, "mean": mean, "std": std}
+    return about, tensors
+
+
+def _decode(path: str) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            size = (FOLDER_SIZE, FOLDER_SIZE)
+            return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}).") from error
 
 
 def _statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, from a histogram: exact, and small in memory."""
-    value = np.arange(256) / 255
-    mean, std = [], []
+    value, mean, std = np.arange(256) / 255, [], []
     for channel in range(pixels.shape[3]):
-        count = np.zeros(256, dtype=np.int64)
-        for block in np.array_split(pixels[..., channel], len(pixels) // 1000 + 1):
-            count += np.bincount(block.ravel(), minlength=256)
-        centre = float((count * value).sum() / count.sum())
-        mean.append(round(centre, 4))
-        std.append(round(float((count * (value - centre) ** 2).sum() / count.sum()) ** 0.5, 4))
+        images = (image[..., channel].ravel() for image in pixels)
+        count = sum(np.bincount(image, minlength=256) for image in images)
+        centre = np.average(value, weights=count)
+        mean.append(round(float(centre), 4))
+        std.append(round(float(np.average((value - centre) ** 2, weights=count) ** 0.5), 4))
     return mean, std

@@ -6,24 +6,24 @@ from collections.abc import Iterator
 import numpy as np
 
 BLOCK = 1000
-SEEDS = {"train": 20191, "test": 10534}  # any two; other ones make another data set
+SEEDS = {"train": 20191, "test": 10534}  # arbitrary; other seeds make other data sets
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A data set's name and, from a ``+`` on, its distortion; nothing where there is none."""
+    """The name without its distortion, and the distortion: ``+noise0.04``, ``+blur1`` or ``""``."""
     match = re.fullmatch(r"(.+)\+(noise|blur)(\d*\.?\d+)", name)
-    # one name for one data set: 0.10 is 0.1
+    # 0.10 and 0.1 are one data set, so they get one name
     return (match[1], f"+{match[2]}{float(match[3]):g}") if match else (name, "")
 
 
 def distort(pixels: np.ndarray, distortion: str, split: str) -> np.ndarray:
-    """Distort every image once: what is seen of it, in training too, is always the same.
+    """Distorted copies of the images; an image has the same distortion in every epoch.
 
     Args:
         pixels: uint8 ``[n, height, width, channels]``.
-        distortion: ``+noise<s>``, normal noise of deviation s for pixels in [0, 1], cut off where
-            they end; ``+blur<s>``, a Gaussian blur of deviation s in pixels.
-        split: train and test have noise of their own.
+        distortion: ``+noise<s>`` adds normal noise of deviation s to pixels in [0, 1] and clips the
+            sum; ``+blur<s>`` is a Gaussian blur of deviation s in pixels.
+        split: ``train`` or ``test``; the two have different noise.
     """
     kind, strength = re.fullmatch(r"\+([a-z]+)(.+)", distortion).groups()
     blocks = np.array_split(pixels, max(1, -(-len(pixels) // BLOCK)))
@@ -32,14 +32,14 @@ def distort(pixels: np.ndarray, distortion: str, split: str) -> np.ndarray:
 
 
 def _with_noise(blocks: list[np.ndarray], deviation: float, split: str) -> Iterator[np.ndarray]:
-    """One stream for a split, so that an image's noise is told by its place."""
+    """One random stream per split: the noise of an image depends on its index alone."""
     random = np.random.default_rng(SEEDS[split])
     for block in blocks:
         yield block + 255 * deviation * random.standard_normal(block.shape, dtype=np.float32)
 
 
 def _blurred(blocks: list[np.ndarray], deviation: float, split: str) -> Iterator[np.ndarray]:
-    from scipy.ndimage import gaussian_filter  # much to import for one kind of data set
+    from scipy.ndimage import gaussian_filter  # slow to import
 
     for block in blocks:
         sigma = (0, deviation, deviation, 0)

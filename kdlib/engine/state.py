@@ -116,21 +116,28 @@ class TrainState:
 
     # --- saving and restoring ---------------------------------------------------------------------
 
-    def momentum(self) -> dict[tuple[str, nn.Parameter], Tensor]:
-        """Momentum by optimizer and parameter; only of parameters that have had an update."""
+    def _slots(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """By ``<optimizer>.<parameter>``, every optimizer and each parameter that it updates."""
+        names = {parameter: name for name, parameter in self.modules.named_parameters()}
         return {
-            (name, parameter): state["momentum_buffer"]
+            f"{name}.{names[parameter]}": (optimizer, parameter)
             for name, optimizer in self.optimizers.items()
-            for parameter, state in optimizer.state.items()
-            if state
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def momentum(self) -> dict[str, Tensor]:
+        """Momentum by ``<optimizer>.<parameter>``; only of parameters that have had an update."""
+        return {
+            slot: optimizer.state[parameter]["momentum_buffer"]
+            for slot, (optimizer, parameter) in self._slots().items()
+            if optimizer.state.get(parameter)
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, statistics, momentum and the curve by name."""
         tensors = {f"networks.{name}": t for name, t in self.modules.state_dict().items()}
-        names = {parameter: name for name, parameter in self.modules.named_parameters()}
-        for (optimizer, parameter), buffer in self.momentum().items():
-            tensors[f"momentum.{optimizer}.{names[parameter]}"] = buffer
+        tensors |= {f"momentum.{slot}": buffer for slot, buffer in self.momentum().items()}
         return tensors | {"curve.sums": self.curve, "curve.steps": self.curve_steps}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -138,20 +145,14 @@ class TrainState:
         weights, momentum, curve = (
             store.select(tensors, prefix) for prefix in ("networks.", "momentum.", "curve.")
         )
-        names = {parameter: name for name, parameter in self.modules.named_parameters()}
-        owned = {
-            f"{name}.{names[parameter]}": (optimizer, parameter)
-            for name, optimizer in self.optimizers.items()
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        if not momentum.keys() <= owned.keys():
+        slots = self._slots()
+        if not momentum.keys() <= slots.keys():
             raise ValueError("The momentum does not fit the networks.")
         if curve.keys() != {"sums", "steps"} or curve["sums"].shape != self.curve.shape:
             raise ValueError("The curve does not fit the method.")
         load_weights(self.modules, weights)
-        for name, buffer in momentum.items():
-            optimizer, parameter = owned[name]
+        for slot, buffer in momentum.items():
+            optimizer, parameter = slots[slot]
             state = torch.empty_like(parameter).copy_(buffer)
             optimizer.state[parameter]["momentum_buffer"] = state
         self.curve.copy_(curve["sums"])
@@ -160,17 +161,12 @@ class TrainState:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Undo all training that happens inside; addresses stay the same."""
-        before = {name: t.clone() for name, t in self.modules.state_dict().items()}
-        momentum = {key: buffer.clone() for key, buffer in self.momentum().items()}
-        curve, steps = self.curve.clone(), self.curve_steps.clone()
+        before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         scaling = self.scaler.state_dict()
         yield
-        load_weights(self.modules, before)
-        for key, buffer in self.momentum().items():
-            # Zero for a new run: an update with a zero buffer equals the rule of the first step.
-            buffer.copy_(momentum.get(key, torch.zeros_like(buffer)))
-        self.curve.copy_(curve)
-        self.curve_steps.copy_(steps)
+        for name, tensor in self.tensors().items():
+            # New momentum becomes zero: an update with zero equals the rule of the first step.
+            tensor.copy_(before.get(name, torch.zeros_like(tensor)))
         if scaling:
             self.scaler.load_state_dict(scaling)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher
 from kdlib.models.architecture import MARK
-from kdlib.models.channels import Channels, Kept, read_channels
+from kdlib.models.channels import Channels, Masks, read_channels
 from kdlib.models.names import builder
 from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
@@ -90,7 +90,8 @@ class GateSearch(FromTeacher):
     def optimizers(self, modules):
         gates = modules["gates"]
         threshold = self.rate * self.strength * gates.alpha
-        settings = {"lr": self.rate, "momentum": self.momentum, "necks": gates.channels.necks}
+        settings = {"lr": self.rate, "momentum": self.momentum}
+        settings["keep_one"] = gates.channels.keep_one
         return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
@@ -200,10 +201,10 @@ class Gates(InFloat32):
             for gate, mask in zip(gates, masks, strict=True)
         ]
 
-    def kept(self, above: Tensor | float = 0.0) -> Kept:
+    def kept(self, above: Tensor | float = 0.0) -> Masks:
         """The channels that remain if gates above this value, or these values ``[m]``, are open."""
         is_open = (self.values.detach() > above).cpu().numpy()
-        return self.channels.settle(self.channels.split(is_open))
+        return self.channels.remaining(self.channels.split(is_open))
 
     def macs(self, above: Tensor | float = 0.0) -> int:
         """Multiply-accumulates of the network that ``kept`` describes."""
@@ -211,7 +212,7 @@ class Gates(InFloat32):
 
     def share(self, above: Tensor | float = 0.0) -> float:
         """The same as a share of the whole network's."""
-        return self.macs(above) / self.channels.whole
+        return self.macs(above) / self.channels.total_macs
 
 
 class AcceleratedProximal(torch.optim.Optimizer):
@@ -224,16 +225,16 @@ class AcceleratedProximal(torch.optim.Optimizer):
         threshold: a, that is η·λ₂·α, of the parameters' shape.
         lr: η, which never falls.
         momentum: μ.
-        necks: ranges of parameters in which at least one must stay open, or the network would be
+        keep_one: ranges of parameters in which at least one must stay open, or the network would be
             cut in two. If all would close, the largest keeps its value.
     """
 
     # The scaler of half precision passes scale and overflow as tensors: the host does not wait.
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, necks=()):
+    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, keep_one=()):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.threshold, self.necks = threshold, necks
+        self.threshold, self.keep_one = threshold, keep_one
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -248,7 +249,7 @@ class AcceleratedProximal(torch.optim.Optimizer):
                 momentum = group["momentum"] * state["momentum_buffer"]
                 velocity = shrunk - gate + momentum
                 moved = (shrunk + group["momentum"] * velocity).clamp(min=0)
-                for begin, end in self.necks:
+                for begin, end in self.keep_one:
                     _keep_largest(gate[begin:end], moved[begin:end])
                 if overflow is not None:  # undo this step
                     velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher, OnLogits
+from kdlib.models.architecture import MARK
 from kdlib.models.names import builder, count_stages
 from kdlib.models.precision import AutocastNetwork
 from kdlib.runs import Recipe, Run, Step
@@ -200,11 +201,19 @@ class FSP(OnFeatures):
     fsp_weight: float = 1.0
 
     def check(self, run):
-        ours, theirs = (_widths(model) for model in (run.model, self.teacher.model))
+        models = (run.model, self.teacher.model)
+        if not any(MARK in model for model in models):  # whose files are read when they are trained
+            self._compare(*(_widths(model) for model in models))
+
+    def aux_modules(self, student, teacher, x):
+        self._compare(*([f.shape[1] for f in n.features(x)] for n in (student, teacher)))
+        return {}
+
+    def _compare(self, ours: list[int], theirs: list[int]) -> None:
         if any(own != other for own, other in zip(ours, theirs, strict=False)):
             raise ValueError(
-                f"FSP needs equal channels: the stem and the stages of {run.model} put out {ours}, "
-                f"those of {self.teacher.model} {theirs}."
+                f"FSP needs equal channels: the stem and the stages of the student have {ours} "
+                f"channels, those of {self.teacher.model} {theirs}."
             )
 
     def features(self, network, x):

@@ -1,7 +1,5 @@
-"""Networks in stages, by name, with their costs."""
+"""Networks by name, in stages, and their costs."""
 
 from kdlib.models.cost import Cost, count_cost
 from kdlib.models.names import build_model
 from kdlib.models.staged import Staged, load_weights
-
-__all__ = ["Cost", "Staged", "build_model", "count_cost", "load_weights"]

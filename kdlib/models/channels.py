@@ -1,30 +1,28 @@
-"""Who reads whose channels in a network, and what stays of it when some are not read."""
+"""Channels of a network: which layer reads which, and which remain when gates are closed."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdlib.models import densenet, resnet
 from kdlib.models.cost import count_cost
 from kdlib.models.staged import Staged
 
-# Whether a channel is kept, by the layer that reads it: bool ``[its inputs]``.
-Kept = dict[str, np.ndarray]
+# One bool per channel, True if the channel is kept; by the name of a layer.
+Masks = dict[str, np.ndarray]
 
 
 class Connection(NamedTuple):
-    """Channels that a layer reads from one other.
+    """Channels that one layer reads from one other layer.
 
     Attributes:
-        source: the convolution that puts them out; None for the image and for a sum of several,
-            of which none can be removed.
-        channels: how many.
+        source: the convolution that computes the channels; None for the image and for a sum of
+            convolutions, because no channel of these can be removed.
+        channels: the number of channels.
     """
 
     source: str | None
@@ -36,20 +34,18 @@ class Reader:
     """A layer that reads channels.
 
     Attributes:
-        name: where it is in the network.
-        inputs: whose channels it reads, in order.
-        norm: the batch norm between these and the layer, if there is one.
-        outputs: of a convolution, how many channels it puts out; else 0.
-        summed: whether these go into a sum, where none can be left out.
-        gated: whether its inputs can be closed one by one.
-        block: the module that is left out where the layer puts out nothing.
+        name: the layer's name in the network.
+        inputs: the connections that the layer reads, in order.
+        norm: the batch norm between the channels and the layer, if there is one.
+        outputs: the number of output channels of a convolution; 0 for other layers.
+        gated: True if each input has a gate.
+        block: the module to remove when the layer has no outputs left.
     """
 
     name: str
     inputs: tuple[Connection, ...]
     norm: str | None = None
     outputs: int = 0
-    summed: bool = False
     gated: bool = True
     block: str | None = None
 
@@ -59,12 +55,12 @@ class Reader:
 
 
 def read_channels(network: Staged) -> list[Reader]:
-    """All layers that read channels, in the order of the data.
+    """All layers that read channels, in the order of the forward pass.
 
-    In a DenseNet every dense layer's convolutions and the transitions are gated, in a ResNet the
-    convolutions of the blocks, in a VGG all but the first.
+    The gated layers are: in a DenseNet, the convolutions of the dense layers and the transitions;
+    in a ResNet, the convolutions of the blocks; in a VGG, all convolutions except the first.
 
-    Raises ValueError where the network has layers of another kind.
+    Raises ValueError if the network has other kinds of layers.
     """
     found: list[Reader] = []
     stream: list[Connection] = []
@@ -74,26 +70,26 @@ def read_channels(network: Staged) -> list[Reader]:
             found += _dense_layer(name, layer, tuple(stream))
             stream.append(Connection(f"{name}.conv2", layer.conv2.out_channels))
         elif isinstance(layer, resnet.Block):
-            sources = {connection.source for connection in stream}
-            found = [replace(r, summed=r.summed or r.name in sources) for r in found]
             found += _residual_block(name, layer)
             stream, norm = [Connection(None, layer.norms[-1].num_features)], None
         elif isinstance(layer, nn.BatchNorm2d):
             norm = name
         elif isinstance(layer, nn.Conv2d):
-            first = [Connection(None, layer.in_channels)]
-            inputs = tuple(stream or first)
+            inputs = tuple(stream) or (Connection(None, layer.in_channels),)
             found.append(Reader(name, inputs, norm, layer.out_channels, gated=bool(stream)))
             stream, norm = [Connection(name, layer.out_channels)], None
         elif isinstance(layer, nn.Linear):
             found.append(Reader(name, tuple(stream), norm, gated=False))
         elif next(layer.children(), None) or next(layer.parameters(), None) is not None:
-            raise ValueError(f"There are no gates for a {type(layer).__name__}, which {name} is.")
+            raise ValueError(
+                f"There are no gates for a {type(layer).__name__} ({name}): gates are for "
+                f"DenseNets, ResNets and VGGs."
+            )
     return found
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What is in a network, containers opened."""
+    """The layers and blocks of a network, by name."""
     if isinstance(module, Staged | nn.Sequential | nn.ModuleList):
         for child, part in module.named_children():
             yield from _layers(part, f"{name}.{child}" if name else child)
@@ -110,7 +106,7 @@ def _dense_layer(name: str, layer: nn.Module, stream: tuple[Connection, ...]) ->
 
 
 def _residual_block(name: str, block: nn.Module) -> list[Reader]:
-    """Its convolutions, and the batch norm before the sum, whose bias remains where they die."""
+    """The convolutions, and the last batch norm: its bias enters the sum even without inputs."""
     readers, source, norm = [], None, None
     for k, layer in enumerate(block.convs):
         inputs = (Connection(source, layer.in_channels),)
@@ -122,28 +118,44 @@ def _residual_block(name: str, block: nn.Module) -> list[Reader]:
 
 
 class Channels:
-    """A network's channels, and what it costs where some are closed.
+    """The channels of a network, and its cost when some gates are closed.
 
     Args:
-        network: of any kind that ``read_channels`` takes.
-        image_size: height and width of the square images that it sees.
+        network: of a kind that ``read_channels`` accepts.
+        image_size: height and width of the square images.
+
+    Attributes:
+        readers: all layers that read channels.
+        gated: the readers with gates.
+        sizes: the number of gates of each gated reader.
+        total_macs: multiply-accumulates of the network with all gates open.
     """
 
     def __init__(self, network: Staged, image_size: int):
         self.readers = read_channels(network)
         self.gated = [reader for reader in self.readers if reader.gated]
         self.sizes = [reader.channels for reader in self.gated]
-        self._area = _multiplications(network, self.readers, image_size)
-        everything = self.settle(self.split(np.ones(sum(self.sizes), bool)))
-        self._besides = count_cost(network, image_size).macs - self._of_readers(everything)
-        self.whole = self.macs(everything)
+        # How often the outputs of a layer are read. A sum is not a reader.
+        self._reads = Counter(c.source for reader in self.readers for c in reader.inputs)
+        cost = count_cost(network, image_size)
+        # Multiply-accumulates of one pair of an input and an output (of a linear layer: of one
+        # input and all outputs).
+        self._area = {
+            reader.name: cost.layers[reader.name] // (reader.channels * (reader.outputs or 1))
+            for reader in self.readers
+            if reader.name in cost.layers
+        }
+        self.total_macs = cost.macs
+        self._fixed = 0
+        everything = self.remaining(self.split(np.ones(sum(self.sizes), bool)))
+        self._fixed = cost.macs - self.macs(everything)  # the cost of the shortcuts
 
     @property
-    def necks(self) -> list[tuple[int, int]]:
-        """Ranges of gates of which one must stay open, or nothing is left of the network.
+    def keep_one(self) -> list[tuple[int, int]]:
+        """Ranges of gates; one gate of each range must stay open to keep a path to the logits.
 
-        Of each gated layer that nothing leads around, those on its first connection, whose source
-        cannot die.
+        There is one range for every gated layer that no shortcut or concatenation bypasses: the
+        gates on its first connection, because the source of this connection is never removed.
         """
         begins = np.cumsum([0, *self.sizes]).tolist()
         return [
@@ -152,94 +164,65 @@ class Channels:
             if reader.block is None
         ]
 
-    def split(self, flat: np.ndarray) -> Kept:
-        """One value per gate, taken apart by gated layer."""
+    def split(self, flat: np.ndarray) -> Masks:
+        """One value per gate, split by gated layer."""
         parts = np.split(flat, np.cumsum(self.sizes)[:-1])
         return {reader.name: part for reader, part in zip(self.gated, parts, strict=True)}
 
-    def settle(self, is_open: Mapping[str, np.ndarray]) -> Kept:
-        """The channels that stay, by every reader, given those whose gates are open.
+    def remaining(self, is_open: Mapping[str, np.ndarray]) -> Masks:
+        """The inputs that every reader keeps, given the open gates of the gated layers.
 
-        What is read of a layer without inputs goes, since it is a constant; then what nobody reads.
+        The outputs of a layer without inputs are constant, so they are removed. Then every layer
+        whose outputs no layer reads is removed.
         """
-        kept, lives = {}, {None: True}
+        kept, computes = {}, {None: True}
         for reader in self.readers:
-            live = [np.full(c.channels, lives[c.source]) for c in reader.inputs]
-            kept[reader.name] = np.concatenate(live)
+            inputs = [np.full(c.channels, computes[c.source]) for c in reader.inputs]
+            kept[reader.name] = np.concatenate(inputs)
             if reader.gated:
                 kept[reader.name] &= is_open[reader.name]
-            lives[reader.name] = bool(kept[reader.name].any())
-        needed = self._summed()
-        for reader in reversed(self.readers):
-            if reader.outputs and not needed[reader.name].any():
-                kept[reader.name][:] = False
-            _note(reader, kept[reader.name], needed)
+            computes[reader.name] = bool(kept[reader.name].any())
+        self.needed(kept, remove=True)
         return kept
 
-    def needed(self, kept: Kept) -> Kept:
-        """Which outputs of every layer somebody keeps."""
-        needed = self._summed()
-        for reader in self.readers:
-            _note(reader, kept[reader.name], needed)
+    def needed(self, kept: Masks, remove: bool = False) -> Masks:
+        """The outputs of every layer that some layer keeps as inputs.
+
+        Args:
+            remove: also clear, in ``kept``, the inputs of convolutions without needed outputs.
+        """
+        # Outputs without a reader go into a sum, so none of them can be removed.
+        needed = {r.name: np.full(r.outputs, not self._reads[r.name]) for r in self.readers}
+        for reader in reversed(self.readers):
+            if remove and reader.outputs and not needed[reader.name].any():
+                kept[reader.name][:] = False
+            begin = 0
+            for source, channels in reader.inputs:
+                if source is not None:
+                    needed[source] |= kept[reader.name][begin : begin + channels]
+                begin += channels
         return needed
 
-    def _summed(self) -> Kept:
-        """The outputs that nobody can leave out."""
-        return {r.name: np.full(r.outputs, r.summed) for r in self.readers}
-
-    def macs(self, kept: Kept) -> int:
-        """Multiply-accumulates of the network that keeps these channels alone."""
-        return self._besides + self._of_readers(kept)
-
-    def _of_readers(self, kept: Kept) -> int:
+    def macs(self, kept: Masks) -> int:
+        """Multiply-accumulates of the network that has only the kept channels."""
         needed = self.needed(kept)
-        return sum(
+        return self._fixed + sum(
             area * int(kept[name].sum()) * int(needed[name].sum() or not len(needed[name]))
             for name, area in self._area.items()
         )
 
     def savings(self) -> np.ndarray:
-        """How many multiply-accumulates each gate's summary saves in the whole network.
+        """The multiply-accumulates that closing one gate saves in the network, for every gate.
 
-        Those of the layer that reads the channel. Where the gate is on the only way from one layer
-        to another, also those that compute it; not so where a layer reads several, as a transition
-        does: a gate there closes a connection (docs/decisions.md, SBS-s).
+        The layer that reads the channel always saves its part. The layer that computes the channel
+        saves its part only if its outputs have no other reader and the reading layer no other
+        source; a transition reads several layers (docs/decisions.md, SBS-s).
         """
         layers = {reader.name: reader for reader in self.readers}
-        read = Counter(c.source for reader in self.readers for c in reader.inputs)
         savings = []
         for reader in self.gated:
             saved, source = self._area[reader.name] * reader.outputs, reader.inputs[0].source
-            if len(reader.inputs) == 1 and source and read[source] == 1:
+            if len(reader.inputs) == 1 and source and self._reads[source] == 1:
                 saved += self._area[source] * layers[source].channels
             savings += [saved] * reader.channels
         return np.array(savings)
-
-
-def _note(reader: Reader, kept: np.ndarray, needed: Kept) -> None:
-    begin = 0
-    for source, channels in reader.inputs:
-        if source is not None:
-            needed[source] |= kept[begin : begin + channels]
-        begin += channels
-
-
-def _multiplications(network: Staged, readers: list[Reader], image_size: int) -> dict[str, int]:
-    """Of every layer that multiplies, how often for one pair of an input and an output; of a linear
-    layer for all its outputs."""
-    shape, counts = copy.deepcopy(network).to("meta").eval(), {}
-
-    def hook(name: str):
-        def count(module: nn.Module, _: tuple, output: Tensor) -> None:
-            if isinstance(module, nn.Conv2d):
-                counts[name] = output[0, 0].numel() * module.weight[0, 0].numel()
-            elif isinstance(module, nn.Linear):
-                counts[name] = module.out_features
-
-        return count
-
-    for reader in readers:
-        shape.get_submodule(reader.name).register_forward_hook(hook(reader.name))
-    with torch.no_grad():
-        shape(torch.empty(1, readers[0].channels, image_size, image_size, device="meta"))
-    return counts

@@ -1,7 +1,9 @@
-"""What a network costs: parameters, multiply-accumulates, FLOPs by RCO's rule."""
+"""Cost of a network: parameters, multiply-accumulates, FLOPs by RCO's rule."""
 
 import copy
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,14 @@ class Cost:
     Attributes:
         params: trainable parameters.
         macs: multiply-accumulates of convolutions and linear layers.
-        norms: output elements of batch normalisations.
+        norms: output elements of batch norms.
+        layers: the multiply-accumulates of each convolution and linear layer, by its name.
     """
 
     params: int
     macs: int
     norms: int
+    layers: dict[str, int] = field(repr=False, compare=False)
 
     @property
     def flops(self) -> int:
@@ -28,30 +32,28 @@ class Cost:
 
 
 def count_cost(model: nn.Module, image_size: int, channels: int | None = None) -> Cost:
-    """Count by shapes alone, on a copy without storage: no arithmetic is done.
+    """Count the cost from the shapes alone, on a copy of the model on the meta device.
 
-    Forward only; torch's own counter ignores groups in the backward of depthwise convolutions.
+    PyTorch's own counter ignores groups in the backward pass of depthwise convolutions.
 
     Args:
         image_size: height and width of the square image.
-        channels: of the image; None takes those of the model's first convolution.
+        channels: of the image; None takes the input channels of the model's first convolution.
     """
     if channels is None:
         channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    shape = copy.deepcopy(model).to("meta").eval()
-    count = {"macs": 0, "norms": 0}
+    shapes = copy.deepcopy(model).to("meta").eval()
+    layers, norms = Counter(), Counter()
 
-    def add(module: nn.Module, _: tuple, output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            count["macs"] += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            count["macs"] += output.numel() * module.in_features
+    def add(name: str, module: nn.Module, _: tuple, output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers[name] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.BatchNorm2d):
-            count["norms"] += output.numel()
+            norms[name] += output.numel()
 
-    for module in shape.modules():
-        module.register_forward_hook(add)
+    for name, module in shapes.named_modules():
+        module.register_forward_hook(partial(add, name))
     with torch.no_grad():
-        shape(torch.empty(1, channels, image_size, image_size, device="meta"))
+        shapes(torch.empty(1, channels, image_size, image_size, device="meta"))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Cost(params=params, **count)
+    return Cost(params, layers.total(), norms.total(), dict(layers))

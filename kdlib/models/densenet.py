@@ -1,4 +1,4 @@
-"""DenseNet-BC for small images (Huang et al. 2017): densenet-bc-100-12 and its smaller kin."""
+"""DenseNet-BC for small images (Huang et al. 2017): densenet-bc-100-12 and smaller ones."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,11 @@ BLOCKS = 3
 
 
 class DenseLayer(nn.Module):
-    """Batch norm, ReLU, 1x1 convolution to four times the growth rate; the same again with a 3x3
-    convolution to the growth rate. Its output is appended to its input."""
+    """Batch norm, ReLU, 1x1 convolution; batch norm, ReLU, 3x3 convolution.
+
+    The 1x1 convolution has four times the growth rate as outputs, the 3x3 convolution the growth
+    rate. These are concatenated to the layer's input.
+    """
 
     def __init__(self, inputs: int, growth: int):
         super().__init__()
@@ -24,11 +27,11 @@ class DenseLayer(nn.Module):
 
 
 def densenet_bc(depth: int, growth: int, classes: int, channels: int, scale: float = 1.0) -> Staged:
-    """A stem of twice the growth rate, three blocks of floor((depth - 4) / 6) layers, each but the
-    first after a transition that halves channels and pixels.
+    """A stem of twice the growth rate and three blocks of floor((depth - 4) / 6) dense layers.
 
-    A transition belongs to the stage that it opens, so that a stage puts out the whole
-    concatenation of its block.
+    A transition halves the channels and the resolution before the second and the third block. It
+    belongs to the stage of the block after it, so the output of a stage is the whole concatenation
+    of its block.
     """
     growth = max(1, round(growth * scale))
     inputs = 2 * growth

@@ -1,4 +1,4 @@
-"""Smaller networks made of some channels of a larger one."""
+"""Smaller networks that have only some channels of a larger network."""
 
 import copy
 from collections.abc import Sequence
@@ -7,24 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib.models.channels import Channels, Kept, Reader
+from kdlib.models.channels import Channels, Masks, Reader
 from kdlib.models.staged import Classifier, Staged, batch_norm, load_weights
 
 
-class SelectingNorm(nn.BatchNorm2d):
-    """Batch norm of some of the channels it is given."""
-
-    def __init__(self, index: Tensor):
-        super().__init__(len(index))
-        self.num_batches_tracked = None
-        self.register_buffer("index", index, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.index_select(1, self.index))
-
-
-class SelectingConv(nn.Conv2d):
-    """A convolution of some of the channels it is given."""
+class _Selecting(nn.Module):
+    """A layer that reads only the input channels in ``index``."""
 
     def __init__(self, index: Tensor, *arguments, **settings):
         super().__init__(len(index), *arguments, **settings)
@@ -34,25 +22,33 @@ class SelectingConv(nn.Conv2d):
         return super().forward(x.index_select(1, self.index))
 
 
-def prune(network: Staged, channels: Channels, kept: Kept) -> Staged:
-    """The network that has the kept channels alone, with their weights.
+class SelectingNorm(_Selecting, nn.BatchNorm2d):
+    """Batch norm of some of its input channels."""
 
-    Layers read by index what they keep of what there is; outputs that nobody keeps are not
-    computed, and layers without any are left out.
+
+class SelectingConv(_Selecting, nn.Conv2d):
+    """A convolution of some of its input channels."""
+
+
+def prune(network: Staged, channels: Channels, kept: Masks) -> Staged:
+    """A copy of the network that has only the kept channels, with their weights.
+
+    Outputs that no layer keeps are not computed. Layers without outputs are removed. A layer that
+    keeps only some of the computed channels selects them by index.
 
     Args:
-        kept: settled by ``channels``.
+        kept: the masks that ``channels.remaining`` returned.
 
-    Raises ValueError where nothing is left between the image and the logits.
+    Raises ValueError if no path is left from the image to the logits.
     """
     if not kept[channels.readers[-1].name].any():
         raise ValueError("All gates of a layer are closed: nothing is left of the network.")
     network = copy.deepcopy(network)
     needed = channels.needed(kept)
-    dead = {r.block for r in channels.readers if r.outputs and not needed[r.name].any()}
+    removed = {r.block for r in channels.readers if r.block and not needed[r.name].any()}
     for reader in channels.readers:
         layer = network.get_submodule(reader.name)
-        if reader.block in dead or isinstance(layer, nn.BatchNorm2d):
+        if reader.block in removed or isinstance(layer, nn.BatchNorm2d):
             continue
         inputs = kept[reader.name].nonzero()[0].tolist()
         index = _positions(reader, kept[reader.name], needed)
@@ -65,55 +61,44 @@ def prune(network: Staged, channels: Channels, kept: Kept) -> Staged:
             outputs = needed[reader.name].nonzero()[0].tolist()
             smaller = _conv(layer, inputs, outputs, None if reader.norm else index)
         network.set_submodule(reader.name, smaller)
-    for block in filter(None, dead):
-        network.set_submodule(block, _without(network.get_submodule(block)))
-    return network.train(network.training)  # the new layers, too
+    for block in removed:
+        # A residual block keeps its shortcut. Its ReLU is not in place: other layers read x, too.
+        shortcut = getattr(network.get_submodule(block), "shortcut", None)
+        rest = nn.Sequential(shortcut, nn.ReLU()) if shortcut else nn.Identity()
+        network.set_submodule(block, rest)
+    return network.train(network.training)  # sets the mode of the new layers
 
 
-def _positions(reader: Reader, kept: np.ndarray, needed: Kept) -> Tensor | None:
-    """Where the kept channels lie among those that there are; None for all of these."""
-    there = [
+def _positions(reader: Reader, kept: np.ndarray, needed: Masks) -> Tensor | None:
+    """The positions of the kept channels among the computed ones; None if they are all of them."""
+    computed = [
         np.ones(c.channels, bool) if c.source is None else needed[c.source] for c in reader.inputs
     ]
-    among = kept[np.concatenate(there)]
+    among = kept[np.concatenate(computed)]
     return None if among.all() else torch.tensor(among.nonzero()[0])
 
 
 def _norm(norm: nn.BatchNorm2d, inputs: Sequence[int], index: Tensor | None) -> nn.BatchNorm2d:
     smaller = batch_norm(len(inputs)) if index is None else SelectingNorm(index)
-    return _with_state(smaller, {name: t[inputs] for name, t in norm.state_dict().items()})
+    smaller.num_batches_tracked = None
+    return _with_weights(smaller, {name: t[inputs] for name, t in norm.state_dict().items()})
 
 
 def _linear(layer: nn.Linear, inputs: Sequence[int]) -> nn.Linear:
     smaller = Classifier(len(inputs), layer.out_features)
-    return _with_state(smaller, {"weight": layer.weight[:, inputs], "bias": layer.bias})
+    return _with_weights(smaller, {"weight": layer.weight[:, inputs], "bias": layer.bias})
 
 
 def _conv(
     layer: nn.Conv2d, inputs: Sequence[int], outputs: Sequence[int], index: Tensor | None
 ) -> nn.Conv2d:
-    settings = {
-        "out_channels": len(outputs),
-        "kernel_size": layer.kernel_size,
-        "stride": layer.stride,
-        "padding": layer.padding,
-        "bias": layer.bias is not None,
-    }
-    if index is None:
-        smaller = nn.Conv2d(len(inputs), **settings)
-    else:
-        smaller = SelectingConv(index, **settings)
+    shape = (len(outputs), layer.kernel_size, layer.stride, layer.padding)
+    kind, first = (nn.Conv2d, len(inputs)) if index is None else (SelectingConv, index)
     state = {name: t[outputs] for name, t in layer.state_dict().items()}
-    return _with_state(smaller, state | {"weight": state["weight"][:, inputs]})
+    state["weight"] = state["weight"][:, inputs]
+    return _with_weights(kind(first, *shape, bias="bias" in state), state)
 
 
-def _with_state(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    load_weights(module, state)
+def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    load_weights(module, weights)
     return module
-
-
-def _without(block: nn.Module) -> nn.Module:
-    """What is left of a block whose convolutions are gone: of a residual block its shortcut."""
-    if shortcut := getattr(block, "shortcut", None):
-        return nn.Sequential(shortcut, nn.ReLU())  # not in place: x has other readers
-    return nn.Identity()

@@ -1,18 +1,26 @@
 """Residual networks for small images (He et al. 2016): resnet8 … resnet110, and resnet50."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, conv, initialise
+from kdlib.models.staged import (
+    PoolAndClassify,
+    Staged,
+    batch_norm,
+    blocks,
+    conv,
+    conv_norm_relu,
+    initialise,
+)
 
 
 class Block(nn.Module):
     """Residual block: convolutions with batch norm, a shortcut, ReLU.
 
-    The shortcut is a 1x1 convolution where shapes change ("option B"), else the identity.
+    The shortcut is a 1x1 convolution if the shape changes ("option B"), else the identity.
     """
 
     def __init__(self, inputs: int, layers: list[tuple[int, int, int]]):
@@ -31,11 +39,11 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        (out,) = deque(self.layer_outputs(x), maxlen=1)  # none is kept longer than it is needed
+        (out,) = deque(self.layer_outputs(x), maxlen=1)  # frees every output but the last
         return out
 
     def layer_outputs(self, x: Tensor) -> Iterator[Tensor]:
-        """The outputs of those convolutions that are as wide as the block, the block's own last."""
+        """The outputs of the convolutions that are as wide as the block; last, of the block."""
         out, last = x, self.norms[-1]
         for convolution, norm in zip(self.convs, self.norms, strict=True):
             out = norm(convolution(out))
@@ -47,32 +55,31 @@ class Block(nn.Module):
                     yield out
 
 
-def basic(inputs: int, width: int, stride: int) -> tuple[Block, int]:
-    return Block(inputs, [(width, 3, stride), (width, 3, 1)]), width
+def basic(inputs: int, outputs: int, stride: int) -> Block:
+    return Block(inputs, [(outputs, 3, stride), (outputs, 3, 1)])
 
 
-def bottleneck(inputs: int, width: int, stride: int) -> tuple[Block, int]:
-    return Block(inputs, [(width, 1, 1), (width, 3, stride), (4 * width, 1, 1)]), 4 * width
+def bottleneck(inputs: int, outputs: int, stride: int) -> Block:
+    return Block(inputs, [(outputs // 4, 1, 1), (outputs // 4, 3, stride), (outputs, 1, 1)])
 
 
 def cifar_resnet(depth: int, classes: int, channels: int, scale: float = 1.0) -> Staged:
-    """``depth = 6n + 2``: three stages of n basic blocks, 16, 32 and 64 channels wide."""
-    return _resnet(basic, (16, 32, 64), ((depth - 2) // 6,) * 3, classes, channels, scale)
+    """``depth = 6n + 2``: three stages of n basic blocks with 16, 32 and 64 channels."""
+    widths = [max(1, round(width * scale)) for width in (16, 32, 64)]
+    return _resnet(basic, widths, 1, ((depth - 2) // 6,) * 3, classes, channels)
 
 
 def resnet50(classes: int, channels: int, scale: float = 1.0) -> Staged:
-    """ResNet-50 with a 3x3 stem of stride 1 and no max-pooling: RCO's teacher."""
-    return _resnet(bottleneck, (64, 128, 256, 512), (3, 4, 6, 3), classes, channels, scale)
+    """ResNet-50 with a 3x3 stem of stride 1 and without max-pooling: the teacher of RCO."""
+    widths = [max(1, round(width * scale)) for width in (64, 128, 256, 512)]
+    return _resnet(bottleneck, widths, 4, (3, 4, 6, 3), classes, channels)
 
 
-def _resnet(make, widths, depths, classes: int, channels: int, scale: float) -> Staged:
-    widths = [max(1, round(width * scale)) for width in widths]
-    stem = nn.Sequential(conv(channels, widths[0], 3), batch_norm(widths[0]), nn.ReLU(True))
-    body, inputs = [], widths[0]
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        blocks = []
-        for k in range(depth):
-            block, inputs = make(inputs, width, stride=2 if stage > 0 and k == 0 else 1)
-            blocks.append(block)
-        body.append(nn.Sequential(*blocks))
+def _resnet(make: Callable, widths, expansion: int, depths, classes: int, channels: int) -> Staged:
+    inputs, body = widths[0], []
+    stem = nn.Sequential(*conv_norm_relu(channels, inputs, 3))
+    for width, depth in zip(widths, depths, strict=True):
+        outputs = expansion * width
+        body.append(blocks(make, inputs, outputs, depth, stride=2 if body else 1))
+        inputs = outputs
     return initialise(Staged(stem, body, PoolAndClassify(inputs, classes)))

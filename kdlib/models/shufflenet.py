@@ -3,17 +3,25 @@
 import torch
 from torch import Tensor, nn
 
-from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, conv, initialise
+from kdlib.models.staged import (
+    PoolAndClassify,
+    Staged,
+    batch_norm,
+    blocks,
+    conv,
+    conv_norm_relu,
+    initialise,
+)
 
 STEM, LAST = 24, 1024
-# (channels, units), at width 1; the first unit of a stage halves the resolution.
+# (channels, units) at width 1; the first unit of a stage halves the resolution.
 STAGES = ((116, 4), (232, 8), (464, 4))
 
 
 class Unit(nn.Module):
-    """Half of the channels pass, half go through 1x1, depthwise 3x3 and 1x1; then all are shuffled.
+    """Half of the channels pass through 1x1, depthwise 3x3 and 1x1 convolutions; then a shuffle.
 
-    Where the resolution is halved nothing is split: both branches convolve, and channels double.
+    A unit of stride 2 does not split the channels: both branches convolve all of them.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -22,15 +30,15 @@ class Unit(nn.Module):
         half = outputs // 2
         entering = half if self.splits else inputs
         self.main = nn.Sequential(
-            *(conv(entering, half, 1), batch_norm(half), nn.ReLU(True)),
+            *conv_norm_relu(entering, half, 1),
             *(conv(half, half, 3, stride, groups=half), batch_norm(half)),
-            *(conv(half, half, 1), batch_norm(half), nn.ReLU(True)),
+            *conv_norm_relu(half, half, 1),
         )
         self.beside = nn.Identity()
         if not self.splits:
             self.beside = nn.Sequential(
                 *(conv(inputs, inputs, 3, stride, groups=inputs), batch_norm(inputs)),
-                *(conv(inputs, half, 1), batch_norm(half), nn.ReLU(True)),
+                *conv_norm_relu(inputs, half, 1),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,17 +50,13 @@ class Unit(nn.Module):
 def shufflenetv2(classes: int, channels: int, scale: float = 1.0) -> Staged:
     """A 3x3 stem at full resolution, three stages, a 1x1 convolution to 1,024 channels.
 
-    Stem and last convolution keep their width, as in the paper's own sizes up to 1.5.
+    Stem and last convolution keep their width, as in the paper at widths up to 1.5.
     """
-    inputs = STEM
-    stem = nn.Sequential(conv(channels, inputs, 3), batch_norm(inputs), nn.ReLU(True))
-    body = []
+    inputs, body = STEM, []
+    stem = nn.Sequential(*conv_norm_relu(channels, inputs, 3))
     for width, units in STAGES:
         outputs = 2 * max(1, round(width * scale / 2))
-        stage = [Unit(inputs, outputs, 2), *(Unit(outputs, outputs, 1) for _ in range(units - 1))]
-        body.append(nn.Sequential(*stage))
+        body.append(blocks(Unit, inputs, outputs, units, stride=2))
         inputs = outputs
-    head = nn.Sequential(
-        *(conv(inputs, LAST, 1), batch_norm(LAST), nn.ReLU(True)), PoolAndClassify(LAST, classes)
-    )
+    head = nn.Sequential(*conv_norm_relu(inputs, LAST, 1), PoolAndClassify(LAST, classes))
     return initialise(Staged(stem, body, head))

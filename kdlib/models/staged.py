@@ -1,20 +1,20 @@
 """Staged: a network as stem, stages and head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a layer is not done with.
+# Modules after which a layer is not complete: an activation follows.
 INCOMPLETE = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 class Staged(nn.Module):
-    """A classifier that can stop after a stage, resume from one, and report every stage's output.
+    """A classifier in stages: a forward pass can stop after a stage and resume from it.
 
-    Stages count from 1; stage 0 is the stem's output. For every stage k,
-    ``resume(k, until(k, x))`` is ``forward(x)``, operation by operation.
+    Stages count from 1; stage 0 is the stem. For every stage k, ``resume(k, until(k, x))`` is
+    ``forward(x)``, operation by operation.
 
     Input ``[b, channels, height, width]``, output logits ``[b, classes]``.
     """
@@ -33,7 +33,7 @@ class Staged(nn.Module):
         return x
 
     def resume(self, stage: int, feature: Tensor) -> Tensor:
-        """Logits from the feature that stage ``stage`` put out."""
+        """Logits from the output of stage ``stage``."""
         for part in self.body[stage:]:
             feature = part(feature)
         return self.head(feature)
@@ -50,10 +50,10 @@ class Staged(nn.Module):
         return self.features(x)[1:]
 
     def layers(self, x: Tensor) -> list[list[Tensor]]:
-        """The outputs of every stage's layers, the stem's alone as those of stage 0.
+        """The outputs of the layers of every stage; for stage 0, the output of the stem alone.
 
-        The last of a stage is what the stage puts out. A block is a layer, or several where it says
-        so (``layer_outputs``); outside of blocks, an activation ends one.
+        The last output of a stage is the output of its last layer. A block is one layer, or several
+        if it has ``layer_outputs``; outside of blocks, a layer ends with its activation.
         """
         x = self.stem(x)
         found = [[x]]
@@ -74,24 +74,39 @@ class Staged(nn.Module):
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size at stride 1."""
+    """A convolution without bias; at stride 1 it keeps the image size."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch normalisation with constant momentum.
+    """Batch norm with constant momentum, without the counter of batches.
 
-    Its counter of batches is dropped: nothing reads it at constant momentum, and it would cost a
-    kernel per layer and step.
+    The counter has no effect at constant momentum, and costs one GPU kernel per layer and step.
     """
     norm = nn.BatchNorm2d(channels)
     norm.num_batches_tracked = None
     return norm
 
 
+def conv_norm_relu(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    """A convolution, batch norm and ReLU."""
+    return [conv(inputs, outputs, kernel, stride, groups), batch_norm(outputs), nn.ReLU(True)]
+
+
+def blocks(make: Callable, inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
+    """``count`` blocks ``make(inputs, outputs, stride)``; only the first changes the shape."""
+    rest = (make(outputs, outputs, 1) for _ in range(count - 1))
+    return nn.Sequential(make(inputs, outputs, stride), *rest)
+
+
 def adapter(ours: Tensor, theirs: Tensor) -> nn.Module:
-    """From one feature's shape ``[b, c, h, w]`` to another's: to its size by average pooling or
-    nearest upsampling, then a 1x1 convolution with batch norm; the identity where they agree."""
+    """A module from the shape of one feature ``[b, c, h, w]`` to the shape of another.
+
+    Average pooling or nearest upsampling changes the size, a 1x1 convolution with batch norm the
+    channels. Equal shapes need no module: the identity.
+    """
     if ours.shape[1:] == theirs.shape[1:]:
         return nn.Identity()
     size = theirs.shape[2:]
@@ -101,7 +116,7 @@ def adapter(ours: Tensor, theirs: Tensor) -> nn.Module:
 
 
 def initialise(model: Staged) -> Staged:
-    """He et al.'s normal weights for every convolution, by its outputs; their biases 0."""
+    """Draw the weights of every convolution as He et al. do, by its outputs; set biases to 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -111,17 +126,18 @@ def initialise(model: Staged) -> Staged:
 
 
 class PoolAndClassify(nn.Sequential):
-    """Global average pooling and one linear layer."""
+    """Global average pooling and a linear layer."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Classifier(channels, classes))
 
 
 class Classifier(nn.Linear):
-    """A linear layer that in eval mode gives an image the same bits at any place of a batch.
+    """A linear layer; in eval mode an image has the same logits, bit by bit, anywhere in a batch.
 
-    What a label bank relies on. On a CPU a matrix product with rows of other than a multiple of 64
-    bytes rounds them by where they lie; a convolution does not.
+    The cache of the teacher's logits needs this. On a CPU, the rounding of a matrix product depends
+    on the row's place in the batch unless a row has a multiple of 64 bytes; the rounding of a
+    convolution does not.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,17 +147,15 @@ class Classifier(nn.Linear):
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights in place, so that captured graphs and optimizers keep their addresses.
+    """Copy weights in place: captured CUDA graphs and optimizers refer to the old memory.
 
-    Raises ValueError where names or shapes differ.
+    Raises ValueError if names or shapes differ.
     """
     own = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in own.items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
-        odd = sorted(
-            set(own) ^ set(weights) or {n for n in own if own[n].shape != weights[n].shape}
-        )
-        raise ValueError(f"The weights do not fit the model: {', '.join(odd[:3])} …")
+        odd = set(own) ^ set(weights) or {n for n in own if own[n].shape != weights[n].shape}
+        raise ValueError(f"The weights do not fit the model: {', '.join(sorted(odd)[:3])} …")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])

@@ -8,11 +8,11 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 def vgg13(classes: int, channels: int, scale: float = 1.0) -> Staged:
-    """Five stages of two convolutions with bias, a max-pooling after each, one linear layer.
+    """Five stages of two convolutions with bias, a max-pooling after each, and a linear layer.
 
-    A stage ends before its pooling, which opens the next stage or the head: so stages of 32x32
-    images put out 32, 16, 8, 4 and 2 pixels a side. Poolings round up, so that smaller images
-    never vanish. The first convolution is the stem.
+    The first convolution is the stem. A pooling belongs to the next stage or to the head, so the
+    stages of 32x32 images have outputs of 32, 16, 8, 4 and 2 pixels a side. Poolings round sizes
+    up, so smaller images keep at least one pixel.
     """
     stem, first, *widths = (max(1, round(width * scale)) for width in (WIDTHS[0], *WIDTHS))
     body, inputs = [nn.Sequential(*_layer(stem, first))], first

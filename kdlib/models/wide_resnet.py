@@ -3,13 +3,14 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, conv, initialise
+from kdlib.models.staged import PoolAndClassify, Staged, batch_norm, blocks, conv, initialise
 
 
 class Block(nn.Module):
-    """Pre-activation block: batch norm and ReLU before each of two convolutions, a shortcut.
+    """Pre-activation block: batch norm and ReLU before each of two convolutions, and a shortcut.
 
-    Where shapes change the shortcut is a 1x1 convolution of the activated input, else the identity.
+    The shortcut is a 1x1 convolution of the activated input if the shape changes, else the
+    identity.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
@@ -26,19 +27,14 @@ class Block(nn.Module):
 
 
 def wide_resnet(depth: int, width: int, classes: int, channels: int, scale: float = 1.0) -> Staged:
-    """``depth = 6n + 4``: a stem of 16 channels, three stages of n blocks ``width`` times as wide
-    as 16, 32 and 64, no dropout.
+    """``depth = 6n + 4``: a stem of 16 channels and three stages of n blocks, without dropout.
 
-    A stage puts out the sum of its last block, before batch norm and ReLU.
+    The stages have ``width`` times 16, 32 and 64 channels. The output of a stage is the sum at the
+    end of its last block, before batch norm and ReLU.
     """
     stem, *widths = (max(1, round(c * scale)) for c in (16, 16 * width, 32 * width, 64 * width))
-    body, inputs = [], stem
-    for stage, outputs in enumerate(widths):
-        blocks = []
-        for k in range((depth - 4) // 6):
-            stride = 2 if stage > 0 and k == 0 else 1
-            blocks.append(Block(inputs, outputs, stride))
-            inputs = outputs
-        body.append(nn.Sequential(*blocks))
+    count, ends = (depth - 4) // 6, zip([stem, *widths], widths, (1, 2, 2), strict=False)
+    body = [blocks(Block, inputs, outputs, count, stride) for inputs, outputs, stride in ends]
+    inputs = widths[-1]
     head = nn.Sequential(batch_norm(inputs), nn.ReLU(True), PoolAndClassify(inputs, classes))
     return initialise(Staged(nn.Sequential(conv(channels, stem, 3)), body, head))

@@ -1,8 +1,7 @@
+"""An exhibit: its cells, its tables, its verdicts and its files."""
+
 import hashlib
-import html
 import json
-import re
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +10,11 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
-from kdbook.claims import Verdict, all_claims
-from kdbook.exhibits import NO_EVIDENCE, Exhibit, exhibit_names, worded
-from kdbook.profiles import PROFILES, open_profile
-from kdlib import KD, plots, scorecard, train
+from kdbook import exhibits, figures, scorecard
+from kdbook.claims import all_claims
+from kdbook.exhibits import NO_EVIDENCE, RECONSTRUCTED, Exhibit, exhibit_names
+from kdbook.profiles import open_profile
+from kdlib import KD, train
 from kdlib.errors import StoreError, UnknownName
 
 SMOKE, PAPER = open_profile("smoke"), open_profile("paper")
@@ -22,7 +22,7 @@ SMOKE, PAPER = open_profile("smoke"), open_profile("paper")
 
 @pytest.fixture
 def trained(tiny):
-    """Teacher and students of two seeds."""
+    """Teachers and students of two seeds."""
     teachers = train([tiny(seed=seed) for seed in (0, 1)])
     students = train([tiny(seed=t.run.seed, method=KD(t.run)) for t in teachers])
     return teachers, students
@@ -30,18 +30,20 @@ def trained(tiny):
 
 @pytest.fixture
 def table2(trained):
-    """Part of RCO's Table 2, from runs of two seeds."""
+    """Part of RCO's Table 2, with runs of two seeds."""
     teachers, students = trained
     exhibit = Exhibit("rco/table2", SMOKE)
     exhibit.add("S-Softmax", "top1", teachers, "test_top1")
     exhibit.add("S-KD", "top1", students, "test_top1")
-    exhibit.add("S-RCO", "top1", students[:1], "test_top1")
+    exhibit.add("S-RCO", "top1", [None, students[0]], "test_top1")
     exhibit.count("S-KD", "mflops", 13.5)
     return exhibit
 
 
-def draw():
-    with plots.style():
+@pytest.fixture
+def drawn():
+    """A figure and the numbers in it."""
+    with figures.style():
         figure, axes = plt.subplots()
         axes.plot([1, 2], [3, 4], label="line")
     plt.close(figure)
@@ -66,10 +68,22 @@ def test_every_paper_and_the_book_itself_have_exhibits():
 
 
 def test_a_cell_holds_the_last_epochs_value_of_each_seed(table2, trained):
-    expected = {t.run.seed: t.log.test_top1.iloc[-1] for t in trained[1]}
-    assert table2.cells["S-KD", "top1"] == expected
-    table2.add("S-KD", "loss", trained[1], lambda t: t.log.train_kd.min())
-    assert table2.cells["S-KD", "loss"] == {t.run.seed: t.log.train_kd.min() for t in trained[1]}
+    last = {t.run.seed: t.final["test_top1"] for t in trained[1]}
+    assert table2.cells["S-KD", "top1"] == last
+    table2.add("S-KD", "loss", trained[1], lambda t: t.run.seed + 0.5)
+    assert table2.cells["S-KD", "loss"] == {0: 0.5, 1: 1.5}
+    table2.add("S-RCO", "loss", trained[1], {0: 3.0, 1: 4.0})
+    assert table2.cells["S-RCO", "loss"] == {0: 3.0, 1: 4.0}
+
+
+def test_a_seed_has_one_value(table2, trained):
+    table2.add("S-KD", "loss", trained[1], lambda t: 1.0)
+    table2.add("S-KD", "loss", trained[1], lambda t: 1.0)
+    with pytest.raises(ValueError, match=r"rco/table2: .*\(S-KD, loss\).*seed 0, 1.0 and 2.0"):
+        table2.add("S-KD", "loss", trained[1], lambda t: 2.0)
+
+
+# --- showing --------------------------------------------------------------------------------------
 
 
 def test_the_table_gives_mean_spread_and_number_of_seeds(table2, trained):
@@ -88,81 +102,36 @@ def test_the_shown_table_has_the_papers_rows_and_numbers_beside_ours(table2, tra
     ours = table["top1 (%)", "ours, smoke"]
     assert ours["S-KD"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (2)"
     assert ours["T-Softmax"] == "–"
-    counts = table["mflops"]
-    assert counts["paper"].tolist() == ["2600", "13.5", "13.5", "13.5"]
-    assert counts["ours, smoke"].tolist() == ["–", "–", "13.5", "–"]
+    assert table["mflops", "paper"].tolist() == ["2600", "13.5", "13.5", "13.5"]
+    assert table["mflops", "ours, smoke"].tolist() == ["–", "–", "13.5", "–"]
 
 
-def test_verdicts_of_a_smoke_run_tell_directions_only(table2):
+def test_verdicts_of_a_smoke_run_are_of_the_direction_only(table2):
     table = table2.verdicts()
-    kinds = set(table.verdict[table.kind == "gap"])
-    assert all(kind == "not run" or kind.startswith("direction only: ") for kind in kinds)
-    assert any("direction only" in verdict for verdict in kinds)
+    verdicts = set(table.verdict[table.kind == "gap"])
+    assert verdicts - {"not run"}
+    assert all(v == "not run" or v.startswith("direction only: ") for v in verdicts)
     assert "reproduced" in set(table.verdict[table.kind == "value"])
 
 
-# --- recording ------------------------------------------------------------------------------------
-
-
-def test_every_file_has_its_provenance_and_hash_beside_it(table2, trained, tmp_path):
-    table2.figure(*draw(), alt="Two points.")
+def test_an_exhibit_is_judged_once_and_again_after_a_new_cell(table2, tmp_path, monkeypatch):
+    calls, judge = [], exhibits.judge
+    monkeypatch.setattr(exhibits, "judge", lambda *a: calls.append(a) or judge(*a))
+    table2.verdicts()
     table2.record()
-    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
-    files = {path.name for path in folder.iterdir()}
-    made = {"table.csv", "table.md", "verdicts.csv", "figure.png", "figure.svg", "figure.csv"}
-    assert files == made | {f"{name}.json" for name in made}
-    runs = {t.run.id for part in trained for t in part}
-    for name in made:
-        about = json.loads((folder / f"{name}.json").read_text())
-        assert about["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        assert (about["file"], about["exhibit"], about["profile"]) == (name, "rco/table2", "smoke")
-        assert set(about["runs"]) == runs
-        assert about["seeds"] == [0, 1]
-        assert about["data"] == "digits"
-        assert about["evidence"] is False
-        assert "torch" in about["versions"]
-
-
-def test_the_written_table_is_the_shown_one(table2, tmp_path):
+    assert len(calls) == 1
+    table2.count("S-RCO", "mflops", 13.5)
     table2.record()
-    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
-    written = pd.read_csv(folder / "table.csv")
-    pd.testing.assert_frame_equal(written, table2.long_table(), check_dtype=False)
-    text = (folder / "table.md").read_text()
-    assert "rco/table2" in text
-    for value in ("79.34", "68.71", table2.table()["top1 (%)", "ours, smoke"]["S-KD"]):
-        assert value in text
-    verdicts = pd.read_csv(folder / "verdicts.csv")
-    claimed = {claim["id"] for claim in all_claims() if claim["exhibit"] == "rco/table2"}
-    assert {"/".join(i.split("/")[:3]) for i in verdicts.id} == claimed
+    path = tmp_path / "results/smoke/rco/table2/verdicts.csv"
+    verdicts = pd.read_csv(path, index_col="id").verdict
+    assert verdicts["rco/table2/value-mflops-student/S-RCO"] == "reproduced"
 
 
-def test_records_of_all_runs_and_their_teachers_are_copied(trained, tmp_path):
-    teachers, students = trained
-    exhibit = Exhibit("rco/table2", SMOKE)
-    exhibit.add("S-KD", "top1", students, "test_top1")
-    exhibit.record()
-    copied = {path.stem for path in (tmp_path / "results" / "smoke" / "records").iterdir()}
-    assert copied == {t.run.id for t in (*teachers, *students)}
+# --- figures --------------------------------------------------------------------------------------
 
 
-def test_the_footer_says_where_the_numbers_come_from(table2):
-    footer = table2.record()
-    for word in ("rco/table2", "commit", "profile smoke", "data digits", "seeds [0, 1]"):
-        assert word in footer
-
-
-def test_verdicts_follow_cells_that_are_added_after_they_were_shown(tmp_path):
-    exhibit = Exhibit("rco/table2", PAPER)
-    exhibit.verdicts()
-    exhibit.count("S-KD", "mflops", 13.5)
-    exhibit.record()
-    verdicts = pd.read_csv(tmp_path / "results/paper/rco/table2/verdicts.csv", index_col="id")
-    assert verdicts.verdict["rco/table2/value-mflops-student/S-KD"] == "reproduced"
-
-
-def test_a_figure_carries_its_provenance(table2, trained, tmp_path):
-    table2.figure(*draw(), alt="Two points.", name="curve")
+def test_a_figure_carries_its_provenance(table2, drawn, tmp_path):
+    table2.figure(*drawn, alt="Two points.", name="curve")
     folder = tmp_path / "results" / "smoke" / "rco" / "table2"
     with PIL.Image.open(folder / "curve.png") as image:
         text = image.text
@@ -172,13 +141,25 @@ def test_a_figure_carries_its_provenance(table2, trained, tmp_path):
     assert pd.read_csv(folder / "curve.csv").to_dict("list") == {"x": [1, 2], "y": [3, 4]}
 
 
-def test_a_smoke_run_is_stamped_as_no_evidence(table2, tmp_path):
-    figure, data = draw()
-    table2.figure(figure, data, alt="Two points.")
+def test_trained_numbers_of_a_smoke_run_are_stamped_as_no_evidence(table2, drawn, tmp_path):
+    table2.figure(*drawn, alt="Two points.")
     table2.record()
-    assert texts(figure) == [NO_EVIDENCE]
-    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
-    assert NO_EVIDENCE in (folder / "table.md").read_text()
+    assert texts(drawn[0]) == [NO_EVIDENCE]
+    assert NO_EVIDENCE in (tmp_path / "results/smoke/rco/table2/table.md").read_text()
+
+
+@pytest.mark.parametrize("profile", [SMOKE, PAPER], ids=lambda profile: profile.name)
+def test_other_numbers_are_not_stamped(trained, drawn, tmp_path, profile):
+    exhibit = Exhibit("rco/table2", profile)
+    exhibit.count("S-KD", "mflops", 13.5)
+    if profile is PAPER:
+        exhibit.add("S-KD", "top1", trained[1], "test_top1")
+    exhibit.figure(*drawn, alt="Two points.")
+    exhibit.record()
+    assert texts(drawn[0]) == []
+    text = (tmp_path / f"results/{profile.name}/rco/table2/table.md").read_text()
+    assert NO_EVIDENCE not in text
+    assert RECONSTRUCTED not in text
 
 
 def test_every_frame_of_a_smoke_animation_is_stamped(table2, tmp_path):
@@ -188,7 +169,7 @@ def test_every_frame_of_a_smoke_animation_is_stamped(table2, tmp_path):
         figure.subplots().plot([0, frame])
 
     table2.animation(figure, draw_frame, range(3), alt="A line rises.", name="rise")
-    assert [text.get_text() for text in figure.texts] == ["smoke run: no evidence"]
+    assert texts(figure) == [NO_EVIDENCE]
     folder = tmp_path / "results" / "smoke" / "rco" / "table2"
     with PIL.Image.open(folder / "rise.gif") as image:
         assert image.n_frames == 3
@@ -196,23 +177,56 @@ def test_every_frame_of_a_smoke_animation_is_stamped(table2, tmp_path):
     assert (about["alt"], set(about["runs"])) == ("A line rises.", set(table2.used))
 
 
-def test_other_profiles_are_not_stamped(trained, tmp_path):
-    exhibit = Exhibit("rco/table2", PAPER)
-    exhibit.add("S-KD", "top1", trained[1], "test_top1")
-    figure, data = draw()
-    exhibit.figure(figure, data, alt="Two points.")
-    exhibit.record()
-    assert texts(figure) == []
-    assert NO_EVIDENCE not in (tmp_path / "results/paper/rco/table2/table.md").read_text()
+# --- recording ------------------------------------------------------------------------------------
 
 
-def test_results_that_cannot_be_written_say_what_to_do(table2, tmp_path, monkeypatch):
+def test_every_file_has_its_provenance_and_hash_beside_it(table2, trained, drawn, tmp_path):
+    table2.figure(*drawn, alt="Two points.")
+    table2.record()
+    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
+    made = {"table.csv", "table.md", "verdicts.csv", "figure.png", "figure.svg", "figure.csv"}
+    assert {path.name for path in folder.iterdir()} == made | {f"{name}.json" for name in made}
+    for name in made:
+        about = json.loads((folder / f"{name}.json").read_text())
+        assert about["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert (about["file"], about["exhibit"], about["profile"]) == (name, "rco/table2", "smoke")
+        assert about["notebook"] == "notebooks/rco/03_table2.ipynb"
+        assert set(about["runs"]) == {t.run.id for part in trained for t in part}
+        assert (about["seeds"], about["data"], about["evidence"]) == ([0, 1], "digits", False)
+        assert "torch" in about["versions"]
+
+
+def test_the_written_table_is_the_shown_one(table2, tmp_path):
+    table2.record()
+    folder = tmp_path / "results" / "smoke" / "rco" / "table2"
+    written = pd.read_csv(folder / "table.csv")
+    pd.testing.assert_frame_equal(written, table2.long_table(), check_dtype=False)
+    text = (folder / "table.md").read_text()
+    for value in ("rco/table2", "79.34", table2.table()["top1 (%)", "ours, smoke"]["S-KD"]):
+        assert value in text
+    verdicts = pd.read_csv(folder / "verdicts.csv")
+    expected = {claim["id"] for claim in all_claims() if claim["exhibit"] == "rco/table2"}
+    assert {"/".join(i.split("/")[:3]) for i in verdicts.id} == expected
+
+
+def test_records_of_all_runs_and_their_teachers_are_copied(trained, tmp_path):
+    teachers, students = trained
+    exhibit = Exhibit("rco/table2", SMOKE)
+    exhibit.add("S-KD", "top1", students, "test_top1")
+    footer = exhibit.record()
+    for part in ("rco/table2", "commit", "profile smoke", "data digits", "seeds [0, 1]"):
+        assert part in footer
+    copied = {path.stem for path in (tmp_path / "results" / "smoke" / "records").iterdir()}
+    assert copied == {t.run.id for t in (*teachers, *students)}
+
+
+def test_results_that_cannot_be_written_say_what_to_do(table2, drawn, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KDLIB_RESULTS", str(tmp_path / "file" / "results"))
     with pytest.raises(StoreError, match=r"Cannot write .*KDLIB_RESULTS"):
         table2.record()
     with pytest.raises(StoreError, match=r"Cannot write .*KDLIB_RESULTS"):
-        table2.figure(*draw(), alt="Two points.")
+        table2.figure(*drawn, alt="Two points.")
 
 
 def test_an_exhibit_of_the_book_itself_has_no_claims(trained, tmp_path):
@@ -221,83 +235,11 @@ def test_an_exhibit_of_the_book_itself_has_no_claims(trained, tmp_path):
     assert len(exhibit.verdicts()) == 0
     exhibit.record()
     assert (tmp_path / "results/smoke/book/start_here/table.csv").exists()
-    assert len(scorecard.gather(PROFILES["smoke"])) > len(all_claims()) - 1
+    assert len(scorecard.gather(SMOKE)) >= len(all_claims())
 
 
-# --- the scorecard --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def table3():
-    """RCO's Table 3, with one cell wrong."""
-    exhibit = Exhibit("rco/table3", SMOKE)
-    for row in exhibit.long_table().itertuples():
-        wrong = 1 if row.row == "mobilenetv2-t4-w0.35" else 0
-        exhibit.count(row.row, row.column, row.paper + wrong)
+def test_an_exhibit_with_a_reconstruction_says_so(tmp_path):
+    exhibit = Exhibit("kr/table1", PAPER)
+    exhibit.count("KR", "params", 0.06)
     exhibit.record()
-
-
-def test_the_scorecard_gathers_what_was_recorded_and_names_the_rest(table3):
-    table = scorecard.gather(PROFILES["smoke"])
-    stems = {"/".join(name.split("/")[:3]) for name in table.id}
-    assert stems == {claim["id"] for claim in all_claims()}
-    assert set(table.verdict[table.exhibit != "rco/table3"]) == {"not run"}
-    counts = scorecard.counts(table)
-    rco = counts.loc[scorecard.PAPERS["rco"]]
-    assert (rco["reproduced"], rco["differs"]) == (15, 1)
-    assert counts.to_numpy().sum() == len(table)
-
-
-def test_the_scorecard_is_one_page_that_needs_no_network(table3, tmp_path):
-    path = scorecard.write_page(PROFILES["smoke"])
-    assert path == tmp_path / "results" / "smoke" / "scorecard.html"
-    page = path.read_text()
-    resources = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert [text[:22] for text in resources] == ["data:image/png;base64,"]
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "<script" not in page
-    assert "smoke run" in page
-    assert json.loads((tmp_path / "results/smoke/scorecard.html.json").read_text())
-
-
-def test_the_scorecard_lists_every_claim(table3):
-    page = scorecard.write_page(PROFILES["smoke"]).read_text()
-    table = scorecard.gather(PROFILES["smoke"])
-    assert page.count("<tr><td>") == len(table)
-    assert all(html.escape(claim["says"].rstrip(".")) in page for claim in all_claims())
-    assert len(re.findall("■</b> reproduced", page)) == 15
-    assert len(re.findall("■</b> differs", page)) == 1
-
-
-def test_a_scorecard_without_any_run_can_be_written():
-    page = scorecard.write_page(PROFILES["paper"]).read_text()
-    assert page.count("</b> not run") == len(scorecard.gather(PROFILES["paper"]))
-    assert "class=warn" not in page
-
-
-def test_the_forest_plot_draws_every_judged_claim(table2):
-    table2.record()
-    table = scorecard.gather(PROFILES["smoke"])
-    figure = scorecard.forest(table)
-    values, gaps = figure.axes
-    judged = table[(table.verdict != "not run") & table.estimate.notna()]
-    assert len(gaps.get_yticks()) == (judged.kind != "value").sum()
-    drawn = (judged.kind == "value") & (judged.verdict != "direction only")
-    assert len(values.get_yticks()) == drawn.sum() > 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "estimate", "as_claimed", "side"),
-    [
-        ("gap", 0.7, True, ": as claimed"),
-        ("gap", 0.3, False, ": weaker than claimed"),
-        ("best", 0.0, False, ": a tie"),
-        ("best", -0.1, False, ": opposite"),
-        ("equal", 0.4, False, ": not equal"),
-        ("value", 0.4, None, ""),
-    ],
-)
-def test_a_direction_is_told_in_words(kind, estimate, as_claimed, side):
-    verdict = Verdict("x", "x", kind, "x", "x", "%", "direction only", estimate)
-    assert worded(replace(verdict, as_claimed=as_claimed)) == f"direction only{side}"
+    assert RECONSTRUCTED in (tmp_path / "results/paper/kr/table1/table.md").read_text()

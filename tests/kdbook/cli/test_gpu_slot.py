@@ -1,4 +1,4 @@
-"""One GPU for each notebook of a machine; no GPU is needed to test who gets which."""
+"""One GPU for each process of a machine; the tests need no GPU."""
 
 import os
 import select
@@ -8,18 +8,14 @@ import sys
 
 import pytest
 
-from kdlib.files import ROOT
-
-sys.path.insert(0, str(ROOT / "workflow"))
-import gpu_slot
-import run_all
+from kdbook.cli import run_all
+from kdbook.cli.gpu_slot import gpu_slot
+from kdbook.cli.notebooks import ROOT
 
 HOLD = """
-import sys, time
+import os, sys
 from pathlib import Path
-sys.path.insert(0, "workflow")
-from gpu_slot import gpu_slot
-import os
+from kdbook.cli.gpu_slot import gpu_slot
 with gpu_slot(Path(sys.argv[1])) as held:
     print(held, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     sys.stdin.read()
@@ -28,14 +24,14 @@ with gpu_slot(Path(sys.argv[1])) as held:
 
 @pytest.fixture
 def hold(tmp_path):
-    """Start a process that holds a slot of these GPUs until its input ends."""
+    """Start a process that holds one of these GPUs until its standard input is closed."""
     started = []
 
     def start(gpus):
         process = subprocess.Popen(
             [sys.executable, "-c", HOLD, tmp_path],
             cwd=ROOT,
-            env=os.environ | {"KDLIB_GPUS": gpus},
+            env=os.environ | {"KDLIB_GPUS": gpus, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,38 +56,38 @@ def test_two_processes_get_two_gpus_and_a_third_waits(hold):
     assert third.stdout.readline().strip() in got
 
 
-def test_a_killed_process_gives_its_gpu_back(hold):
+def test_the_gpu_of_a_killed_process_is_free_again(hold):
     first = hold("3")
     assert first.stdout.readline().strip() == "3 3"
     first.send_signal(signal.SIGKILL)
     assert hold("3").stdout.readline().strip() == "3 3"
 
 
-def test_outside_of_a_slot_everything_is_as_it_was(tmp_path, monkeypatch):
+def test_the_visible_gpus_are_restored_after_the_slot(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_GPUS", "5")
     for before in ("5,6", None):
         if before is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-        with gpu_slot.gpu_slot(tmp_path) as held:
+        with gpu_slot(tmp_path) as held:
             assert held == os.environ["CUDA_VISIBLE_DEVICES"] == "5"
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 @pytest.mark.parametrize("gpus", [None, ""])
-def test_without_gpus_nothing_is_held_or_hidden(tmp_path, monkeypatch, gpus):
+def test_without_gpus_nothing_is_reserved_or_hidden(tmp_path, monkeypatch, gpus):
     monkeypatch.delenv("KDLIB_GPUS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     if gpus is not None:
         monkeypatch.setenv("KDLIB_GPUS", gpus)
-    with gpu_slot.gpu_slot(tmp_path / "locks") as held:
+    with gpu_slot(tmp_path / "locks") as held:
         assert held is None
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     assert not (tmp_path / "locks").exists()
 
 
-def test_gpus_are_those_that_may_be_used(monkeypatch, tmp_path):
+def test_run_all_uses_the_visible_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert run_all.gpus() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -1,3 +1,5 @@
+"""Data sets by name, folders of images, and what is wrong with them."""
+
 import hashlib
 import os
 import pickle
@@ -9,15 +11,11 @@ import PIL.Image
 import pytest
 import torch
 
-from kdlib import KdlibError, load_data
-from kdlib.data import canonical_name, datasets, download, display_name
+from kdlib import load_data
+from kdlib.data import canonical_name, check_name, count_views, datasets, display_name, download
 from kdlib.errors import DataError, UnknownName
 
 pytestmark = pytest.mark.usefixtures("fresh_data")
-
-
-def refuse(*args, **kwargs):
-    raise AssertionError("decoded again")
 
 
 def pixels_of(images):
@@ -29,9 +27,12 @@ def pixels_of(images):
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_an_unknown_data_set_names_the_closest():
-    with pytest.raises(UnknownName, match=r"no data set 'cifar11'.*cifar10"):
-        load_data("cifar11")
+@pytest.mark.parametrize("name", ["cifar11", "cifar11+blur1", "digits+fog1"])
+@pytest.mark.parametrize("function", [check_name, canonical_name, load_data, count_views])
+def test_an_unknown_data_set_names_the_closest(function, name):
+    closest = "digits" if "digits" in name else "cifar10"
+    with pytest.raises(UnknownName, match=rf"no data set '{name.replace('+', '.')}'.*{closest}"):
+        function(name)
 
 
 def test_an_unknown_split_names_the_splits():
@@ -39,12 +40,30 @@ def test_an_unknown_split_names_the_splits():
         load_data("digits", "val")
 
 
+@pytest.mark.parametrize("name", ["mnist", "photos@0123456789ab", "folder:/no/where+noise0.1"])
+def test_checking_a_name_reads_nothing(name):
+    check_name(name)
+    assert count_views(name) == (1 if name == "mnist" else 162)
+
+
 @pytest.mark.parametrize(
-    ("name", "printed"),
-    [("digits", "digits"), ("folder:/some/photos/", "photos"), ("photos@0123456789ab", "photos")],
+    ("name", "displayed"),
+    [
+        ("digits", "digits"),
+        ("folder:/some/photos/", "photos"),
+        ("photos@0123456789ab", "photos"),
+        ("photos@home@0123456789ab+blur1", "photos@home+blur1"),
+    ],
 )
-def test_a_label_is_free_of_path_and_hash(name, printed):
-    assert display_name(name) == printed
+def test_a_displayed_name_has_no_path_and_no_hash(name, displayed):
+    assert display_name(name) == displayed
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_views_are_counted_without_an_image(photos, name):
+    name = "digits" if name == "digits" else f"folder:{photos()}"
+    assert count_views(name) == count_views(name + "+noise1") == load_data(name).views
+    assert load_data(name, "test").views == 1
 
 
 # --- folders of images ----------------------------------------------------------------------------
@@ -85,67 +104,54 @@ def test_a_folder_of_mixed_images_becomes_32x32_colour(mixed):
 
 def test_a_folder_is_normalised_by_its_own_training_images(mixed):
     images = load_data(f"folder:{mixed}")
-    batch = images.batch(torch.arange(4)).double()
-    torch.testing.assert_close(batch.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        batch.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-3, rtol=0
-    )
+    batch = images.batch(torch.arange(4)).double().transpose(0, 1).flatten(1)
+    for got, expected in ((batch.mean(1), 0.0), (batch.std(1, correction=0), 1.0)):
+        torch.testing.assert_close(got, torch.full_like(got, expected), atol=1e-3, rtol=0)
     assert load_data(f"folder:{mixed}", "test").mean == images.mean
 
 
-def test_a_folder_is_decoded_once(photos, fresh_data, monkeypatch):
+def test_a_folder_is_decoded_once_and_again_if_it_changes(photos, fresh_data, monkeypatch):
     folder = photos()
-    first = load_data(f"folder:{folder}")
+    first, name = load_data(f"folder:{folder}"), canonical_name(f"folder:{folder}")
     fresh_data()
-    monkeypatch.setattr(PIL.Image, "open", refuse)
-    again = load_data(f"folder:{folder}")
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL.Image, "open", None)
+        again = load_data(f"folder:{folder}")
     assert again is not first
     assert torch.equal(again.pixels, first.pixels)
     assert torch.equal(again.labels, first.labels)
-
-
-def test_a_changed_folder_is_decoded_again(photos):
-    folder = photos()
-    before, name = load_data(f"folder:{folder}"), canonical_name(f"folder:{folder}")
     shutil.copy(folder / "test/cat/0.png", folder / "train/cat/0.png")
     after = load_data(f"folder:{folder}")
     assert canonical_name(f"folder:{folder}") != name
-    assert not torch.equal(after.pixels[0], before.pixels[0])
-    assert torch.equal(after.pixels[1:], before.pixels[1:])
-
-
-def test_a_run_described_before_its_folder_changed_is_refused(photos):
-    folder = photos()
-    name = canonical_name(f"folder:{folder}")
-    (folder / "train/cat/0.png").unlink()
+    assert not torch.equal(after.pixels[0], first.pixels[0])
+    assert torch.equal(after.pixels[1:], first.pixels[1:])
+    fresh_data()
     with pytest.raises(DataError, match=f"{folder} has changed.*{name}"):
         load_data(name)
 
 
-def test_a_name_is_free_of_the_place(photos, tmp_path):
-    folder = photos()
-    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "photos")
-    names = {canonical_name(f"folder:{place}") for place in (folder, f"{folder}/", moved)}
-    assert len(names) == 1
-    basename, _, content = names.pop().partition("@")
-    assert basename == "photos"
-    assert len(content) == 12
-
-
-def test_a_canonical_name_loads_where_its_folder_was_named(photos):
+def test_an_image_of_another_class_changes_the_name(photos):
     folder = photos()
     name = canonical_name(f"folder:{folder}")
-    assert len(load_data(name)) == 8
-    datasets._folders.clear()
-    datasets._load.cache_clear()
-    with pytest.raises(DataError, match=r"'photos'.*folder:PATH"):
-        load_data(name)
+    # the images in their order stay the same
+    (folder / "train/cat/3.png").rename(folder / "train/dog/!.png")
+    assert canonical_name(f"folder:{folder}") != name
 
 
-def test_a_folder_may_have_an_at_sign_in_its_name(photos):
+def test_a_canonical_name_is_the_same_everywhere_and_loads_where_its_folder_is_known(
+    photos, tmp_path, fresh_data
+):
     folder = photos("photos@home")
-    assert len(load_data(f"folder:{folder}")) == 8
-    assert label(canonical_name(f"folder:{folder}")) == "photos@home"
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "photos@home")
+    names = {canonical_name(f"folder:{place}") for place in (folder, f"{folder}/", moved)}
+    (name,) = names
+    place, _, content = name.rpartition("@")
+    assert (place, len(content), len(load_data(name))) == ("photos@home", 12, 8)
+    assert canonical_name(name) == name
+    datasets._folders.clear()
+    fresh_data()
+    with pytest.raises(DataError, match=r"'photos@home'.*folder:PATH"):
+        load_data(name)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image at all", b"half"])
@@ -156,38 +162,22 @@ def test_a_damaged_image_is_named(photos, damage):
         load_data(f"folder:{path.parents[2]}")
 
 
-def test_a_missing_split_is_named(photos):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("", "has no folder train/"),
+        ("test", "has no folder test/"),
+        ("test/dog", r"differ in their classes: \['dog'\]"),
+        ("train/cat/*", "train/cat has no .png"),
+        ("*/*", "train has no class folders"),
+    ],
+)
+def test_an_incomplete_folder_says_what_is_missing(photos, missing, message):
     folder = photos()
-    shutil.rmtree(folder / "test")
-    with pytest.raises(DataError, match=f"{folder} has no folder test/"):
+    for path in list(folder.glob(missing)) if missing else [folder]:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(DataError, match=f"{folder}.*{message}"):
         load_data(f"folder:{folder}")
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=f"{tmp_path}/nowhere"):
-        load_data(f"folder:{tmp_path}/nowhere")
-
-
-def test_classes_that_differ_are_named(photos):
-    folder = photos()
-    shutil.rmtree(folder / "test" / "dog")
-    with pytest.raises(DataError, match=r"differ in their classes: \['dog'\]"):
-        load_data(f"folder:{folder}")
-
-
-def test_an_empty_class_is_named(photos):
-    folder = photos()
-    for path in (folder / "train" / "cat").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match=f"{folder}/train/cat has no .png"):
-        load_data(f"folder:{folder}")
-
-
-def test_a_folder_without_classes_is_refused(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / "empty" / split).mkdir(parents=True)
-    with pytest.raises(DataError, match="no class folders"):
-        load_data(f"folder:{tmp_path}/empty")
 
 
 @pytest.mark.parametrize("length", [0, 100, 20_000])
@@ -204,10 +194,6 @@ def test_a_truncated_cache_is_made_anew(photos, fresh_data, tmp_path, length):
 # --- torchvision's data sets ----------------------------------------------------------------------
 
 
-def md5(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """CIFAR-10 and CIFAR-100 in miniature, in torchvision's own files, and their pixels."""
@@ -215,6 +201,9 @@ def cifar(tmp_path, monkeypatch):
 
     random = np.random.default_rng(0)
     pixels = {}
+
+    def md5(path):
+        return hashlib.md5(path.read_bytes()).hexdigest()
 
     def write(dataset, files, label_key, count):
         folder = tmp_path / "data" / dataset.base_folder
@@ -238,7 +227,7 @@ def cifar(tmp_path, monkeypatch):
     return pixels
 
 
-def test_cifar_loads_from_torchvisions_files(cifar):
+def test_cifar_loads_from_torchvisions_files(cifar, tmp_path):
     train, test = load_data("cifar10"), load_data("cifar10", "test")
     assert (len(train), len(test), train.classes, train.views) == (50, 10, 10, 162)
     np.testing.assert_array_equal(pixels_of(train)[10:20], cifar["data_batch_2"])
@@ -247,23 +236,16 @@ def test_cifar_loads_from_torchvisions_files(cifar):
     hundred = load_data("cifar100", "test")
     assert hundred.classes == 100
     np.testing.assert_array_equal(pixels_of(hundred), cifar["test"])
+    assert download("cifar10") == tmp_path / "data"  # a complete download stays as it is
 
 
-def test_a_complete_download_is_left_as_it_is(cifar, tmp_path):
-    assert download("cifar10") == tmp_path / "data"
-
-
-def test_a_damaged_cifar_archive_says_what_to_do(cifar, tmp_path):
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_a_missing_or_damaged_data_set_says_what_to_do(cifar, tmp_path, damage):
     path = tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cifar10 is missing or damaged.*-m kdlib.data cifar10"):
-        load_data("cifar10")
-
-
-def test_a_missing_data_set_says_where_to_put_it_and_how_to_get_it(tmp_path):
-    with pytest.raises(DataError) as refusal:
+    path.write_bytes(content) if damage == "damaged" else path.unlink()
+    with pytest.raises(DataError, match="cifar10 is missing or damaged") as refusal:
         load_data("cifar10")
     for advice in (tmp_path / "data", "python -m kdlib.data cifar10", "KDLIB_DATA", "folder:PATH"):
         assert str(advice) in str(refusal.value)
@@ -306,8 +288,3 @@ def test_only_torchvisions_data_sets_can_be_downloaded(monkeypatch):
     monkeypatch.setattr("sys.argv", ["kdlib.data", "cifar11"])
     with pytest.raises(SystemExit, match="Did you mean cifar10"):
         runpy.run_module("kdlib.data", run_name="__main__")
-
-
-def test_every_refusal_is_a_kdlib_error():
-    assert issubclass(DataError, KdlibError)
-    assert issubclass(UnknownName, KdlibError)

@@ -1,9 +1,13 @@
+"""Images against padding, cropping, flipping and normalising by hand."""
+
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 
 from kdlib import load_data
 from kdlib.data import Images
@@ -59,28 +63,15 @@ def test_a_mixed_batch_is_its_images_one_by_one():
     assert torch.equal(images.batch(index, view), torch.cat(single))
 
 
-def test_a_batch_is_float32_in_channels_last_layout():
-    images, _ = make_images(pad=4, flip=True, channels=3)
-    batch = images.batch(torch.tensor([0, 1]), torch.tensor([3, 100]))
-    assert batch.shape == (2, 3, SIZE, SIZE)
-    assert batch.dtype == torch.float32
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_without_views_a_batch_is_the_images_themselves():
     images, inner = make_images(pad=4, flip=True, channels=3)
-    index = torch.tensor([1, 2])
+    before, index = images.pixels.clone(), torch.tensor([1, 2])
     pixels = torch.from_numpy(inner[1:]).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (images.mean, images.std))
-    torch.testing.assert_close(images.batch(index), (pixels - mean) / std)
-    centre = torch.full_like(index, images.centre)
-    assert torch.equal(images.batch(index), images.batch(index, centre))
-
-
-def test_batches_leave_the_pixels_alone():
-    images, _ = make_images(pad=4, flip=True, channels=3)
-    before = images.pixels.clone()
-    images.batch(torch.arange(3), torch.tensor([161, 100, 0]))
+    batch = images.batch(index)
+    torch.testing.assert_close(batch, (pixels - mean) / std)  # float32, too
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch, images.batch(index, torch.full_like(index, images.centre)))
     assert torch.equal(images.pixels, before)
 
 
@@ -91,6 +82,7 @@ def test_a_part_gives_the_batches_of_the_whole():
     assert len(two) == len(two.pixels) == 2
     assert torch.equal(two.labels, images.labels[:2])
     assert torch.equal(two.batch(index, view), images.batch(index, view))
+    assert all(images.first(count) is images for count in (None, 3, 99))
 
 
 def test_first_takes_the_classes_in_turn():
@@ -101,41 +93,20 @@ def test_first_takes_the_classes_in_turn():
     assert torch.equal(by_class.first(3).pixels, images.pixels[[0, 3, 5]])
 
 
-@pytest.mark.parametrize("count", [None, 3, 99])
-def test_first_of_all_is_all(count):
-    images, _ = make_images(pad=1, flip=False, channels=1)
-    assert images.first(count) is images
-
-
-def test_digits_are_split_into_1438_and_359_without_a_shared_image():
-    from sklearn.datasets import load_digits
-
-    train, test = load_data("digits"), load_data("digits", "test")
-    assert (len(train), len(test)) == (1438, 359)
-    ours = torch.cat([train.pixels[:, 1:-1, 1:-1], test.pixels]).flatten(1)
-    all_digits = torch.tensor(np.round(load_digits().data * (255 / 16)), dtype=torch.uint8)
-    rows = [sorted(map(bytes, part.numpy())) for part in (ours, all_digits)]
-    assert rows[0] == rows[1]
-
-
-def test_digits_are_uint8_with_a_border_of_zeros():
-    digits = load_data("digits")
-    assert digits.pixels.shape == (1438, 10, 10, 1)
-    assert digits.pixels.dtype == torch.uint8
-    border = digits.pixels.clone()
-    border[:, 1:-1, 1:-1] = 0
-    assert not border.any()
-    assert digits.pixels.max() == 255
-    assert (digits.size, digits.channels, digits.classes, digits.views) == (8, 1, 10, 9)
-
-
-def test_test_images_have_one_view():
-    digits = load_data("digits", "test")
-    assert (digits.views, digits.pixels.shape) == (1, (359, 8, 8, 1))
+def test_every_fifth_digit_is_a_test_image():
+    bunch = load_digits()
+    scaled = torch.tensor(np.round(bunch.images * (255 / 16)), dtype=torch.uint8)
+    is_test = torch.arange(len(scaled)) % 5 == 4
+    for split, chosen, views in (("train", ~is_test, 9), ("test", is_test, 1)):
+        digits = load_data("digits", split)
+        assert torch.equal(digits.labels, torch.from_numpy(bunch.target)[chosen])
+        pad = digits.pad
+        assert torch.equal(F.pad(scaled[chosen], (pad,) * 4)[..., None], digits.pixels)
+        assert (len(digits), digits.views) == (1438 if split == "train" else 359, views)
+        assert (digits.size, digits.channels, digits.classes) == (8, 1, 10)
 
 
 def test_digits_are_normalised():
-    digits = load_data("digits")
-    batch = digits.batch(torch.arange(len(digits)))
+    batch = load_data("digits").batch(torch.arange(1438))
     assert abs(batch.mean()) < 0.01
     assert abs(batch.std() - 1) < 0.01

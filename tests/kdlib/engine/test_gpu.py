@@ -9,7 +9,8 @@ import torch
 from kdbook.costs import cost_of
 
 from kdlib import KD, Recipe, Run, build_model, load_data, store, train
-from kdlib.chains.found import FoundStudent, extraction
+from kdbook.search import extraction
+from kdlib.chains.found import FoundStudent
 from kdlib.chains.greedy import GreedySearch, anchors, divergences
 from kdlib.engine import LogitCache, state
 from kdlib.engine import trainer as trainer_module

@@ -1,4 +1,4 @@
-"""Who reads whose channels, and what a network costs without some of them."""
+"""Channels: readers, costs, and what remains when gates are closed."""
 
 import numpy as np
 import pytest
@@ -19,29 +19,29 @@ def at_random(channels, closed, seed):
     return np.random.default_rng(seed).random(sum(channels.sizes)) >= closed
 
 
-def settled(channels, flat):
-    return channels.settle(channels.split(flat))
+def remaining(channels, flat):
+    return channels.remaining(channels.split(flat))
 
 
 def without(channels, *gates):
     flat = np.ones(sum(channels.sizes), bool)
     flat[list(gates)] = False
-    return settled(channels, flat)
+    return remaining(channels, flat)
 
 
 def cost(network, channels, kept, size=8):
     return count_cost(prune(network, channels, kept), size).macs
 
 
-# --- what a network costs -------------------------------------------------------------------------
+# --- cost of a pruned network ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "closed"), [(8, 0.2), (32, 0.6), (7, 0.4)])
 @pytest.mark.parametrize("name", [*SMALL, "resnet8-x0.25", BOTTLENECKS])
-def test_the_cost_is_that_of_the_network_that_is_left(name, size, closed):
+def test_the_cost_is_that_of_the_pruned_network(name, size, closed):
     network, channels = channels_of(name, size)
-    assert channels.whole == count_cost(network, size).macs
-    kept = settled(channels, at_random(channels, closed, seed=1))
+    assert channels.total_macs == count_cost(network, size).macs
+    kept = remaining(channels, at_random(channels, closed, seed=1))
     if kept[channels.readers[-1].name].any():
         assert channels.macs(kept) == cost(network, channels, kept, size)
     else:
@@ -54,11 +54,11 @@ def test_the_cost_never_rises_as_gates_close_one_by_one(name):
     order = np.random.default_rng(0).permutation(sum(channels.sizes))
     costs = [channels.macs(without(channels, *order[:k])) for k in range(len(order) + 1)]
     assert (np.diff(costs) <= 0).all()
-    assert costs[0] == channels.whole
+    assert costs[0] == channels.total_macs
     assert (costs[-1] == 0) == (not name.startswith("resnet"))
 
 
-def test_the_paper_s_teacher_has_its_gates_and_its_cost():
+def test_the_papers_teacher_has_its_gates_and_its_cost():
     """8832 inputs of dense layers, 48 · 48 bottlenecks, 516 inputs of transitions."""
     network, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
     counts = {"conv1": 0, "conv2": 0, "transition": 0}
@@ -67,18 +67,18 @@ def test_the_paper_s_teacher_has_its_gates_and_its_cost():
         counts[kind if kind in counts else "transition"] += reader.channels
     assert counts == {"conv1": 8832, "conv2": 2304, "transition": 516}
     assert [r.channels for r in channels.readers if not r.gated] == [3, 342]
-    assert channels.whole == count_cost(network, 32).macs
-    assert channels.whole / 1e6 == pytest.approx(287.9, abs=0.05)
+    assert channels.total_macs == count_cost(network, 32).macs
+    assert channels.total_macs / 1e6 == pytest.approx(287.9, abs=0.05)
 
 
-# --- what a gate saves ----------------------------------------------------------------------------
+# --- savings of a gate ----------------------------------------------------------------------------
 
 
 LOOKED_AT = {BOTTLENECKS: "1.convs.1"}  # of many alike
 
 
 @pytest.mark.parametrize("name", ["resnet8-x0.25", BOTTLENECKS, "vgg13-x0.06"])
-def test_a_gate_saves_what_the_network_costs_less_without_its_channel(name):
+def test_a_gate_saves_the_difference_in_cost(name):
     network, channels = channels_of(name)
     savings = channels.savings()
     assert savings.shape == (sum(channels.sizes),)
@@ -88,19 +88,19 @@ def test_a_gate_saves_what_the_network_costs_less_without_its_channel(name):
         begin += reader.channels
         if reader.name.endswith(LOOKED_AT.get(name, "")) and reader.channels > 1:
             left = cost(network, channels, without(channels, gate))
-            assert channels.whole - left == savings[gate], reader.name
+            assert channels.total_macs - left == savings[gate], reader.name
 
 
-def test_gates_of_a_densenet_save_the_same_but_where_an_output_dies():
-    """What only a transition reads of the layer before it is computed for nobody any more."""
+def test_gates_of_a_densenet_save_the_difference_unless_an_output_has_no_other_reader():
+    """The transition is the only reader of the layer before it."""
     network, channels = channels_of("densenet-bc-16-4")
     savings, gate, differ = channels.savings(), 0, set()
     for reader in channels.gated:
         for connection in reader.inputs:
             for k in range(connection.channels):
-                saved = channels.whole - channels.macs(without(channels, gate))
+                saved = channels.total_macs - channels.macs(without(channels, gate))
                 if k == 0:
-                    assert saved == channels.whole - cost(
+                    assert saved == channels.total_macs - cost(
                         network, channels, without(channels, gate)
                     )
                 if saved != savings[gate]:
@@ -114,7 +114,7 @@ def test_gates_of_a_densenet_save_the_same_but_where_an_output_dies():
 
 
 def blocks(depth=100, growth=12):
-    """Of every layer of a DenseNet in order: its inputs, what one gate there saves."""
+    """(inputs, savings of one gate) of every layer of a DenseNet, in order."""
     inputs, rows = 2 * growth, []
     for block, area in enumerate((32**2, 16**2, 8**2)):
         if block:
@@ -127,7 +127,7 @@ def blocks(depth=100, growth=12):
     return rows
 
 
-def test_gates_of_the_paper_s_teacher_save_what_the_closed_forms_say():
+def test_gates_of_the_papers_teacher_save_by_closed_forms():
     """4k·HW at a dense layer, (C_in + 9k)·HW at a bottleneck, C_out·HW at a transition."""
     _, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
     expected = np.concatenate([np.full(count, saved) for count, saved in blocks()])
@@ -136,7 +136,7 @@ def test_gates_of_the_paper_s_teacher_save_what_the_closed_forms_say():
     assert {49152, 12288, 3072} <= set(savings.tolist())
 
 
-def test_random_gates_of_the_paper_s_teacher_save_this_in_the_network_without_them():
+def test_random_gates_of_the_papers_teacher_save_the_difference_in_cost():
     network, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
     kinds, savings, begin = {}, channels.savings(), 0
     for reader in channels.gated:
@@ -148,23 +148,23 @@ def test_random_gates_of_the_paper_s_teacher_save_this_in_the_network_without_th
     for gates in kinds.values():
         gate = random.choice(gates)
         left = cost(network, channels, without(channels, gate), 32)
-        assert channels.whole - left == savings[gate]
+        assert channels.total_macs - left == savings[gate]
 
 
-# --- who stays ------------------------------------------------------------------------------------
+# --- remaining channels ---------------------------------------------------------------------------
 
 
-def test_what_settled_once_stays_as_it_is():
+def test_remaining_channels_remain():
     _, channels = channels_of("densenet-bc-22-4")
     for seed in range(5):
-        kept = settled(channels, at_random(channels, 0.6, seed))
-        again = channels.settle(kept)
+        kept = remaining(channels, at_random(channels, 0.6, seed))
+        again = channels.remaining(kept)
         assert all((again[name] == kept[name]).all() for name in kept)
 
 
-def test_only_what_somebody_reads_is_needed():
+def test_only_outputs_with_a_reader_are_needed():
     _, channels = channels_of("densenet-bc-16-4")
-    kept = settled(channels, at_random(channels, 0.5, seed=1))
+    kept = remaining(channels, at_random(channels, 0.5, seed=1))
     needed = channels.needed(kept)
     read = {reader.name: [] for reader in channels.readers}
     for reader in channels.readers:
@@ -178,7 +178,7 @@ def test_only_what_somebody_reads_is_needed():
             assert (needed[name] == np.any(parts, axis=0)).all()
 
 
-def test_gates_are_taken_apart_in_the_order_of_the_layers():
+def test_gates_are_split_in_the_order_of_the_layers():
     _, channels = channels_of("densenet-bc-16-4")
     flat = np.arange(sum(channels.sizes))
     parts = channels.split(flat)
@@ -187,7 +187,7 @@ def test_gates_are_taken_apart_in_the_order_of_the_layers():
     assert [len(part) for part in parts.values()] == channels.sizes
 
 
-def test_readers_read_what_there_is():
+def test_readers_have_the_inputs_of_their_layers():
     network, channels = channels_of("densenet-bc-22-4")
     for reader in channels.readers:
         layer = network.get_submodule(reader.name)
@@ -204,22 +204,42 @@ def test_readers_read_what_there_is():
     ]
 
 
-def test_nothing_is_computed_to_count():
+def test_a_network_on_the_meta_device_has_the_same_cost():
     with torch.device("meta"):
         network = build_model("densenet-bc-16-4", 5, 1)
     _, channels = channels_of("densenet-bc-16-4")
-    assert Channels(network, 8).whole == channels.whole
+    assert Channels(network, 8).total_macs == channels.total_macs
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("wrn-10-1-x0.25", "Block, which body.0.0 is"),
-        ("googlenet-x0.05", "Inception, which body.0.0 is"),
-        ("shufflenetv2-x0.1", "Unit, which body.0.0 is"),
-        ("mobilenetv2-x0.1", "InvertedResidual, which body.0.0 is"),
+        ("wrn-10-1-x0.25", "Block"),
+        ("googlenet-x0.05", "Inception"),
+        ("shufflenetv2-x0.1", "Unit"),
+        ("mobilenetv2-x0.1", "InvertedResidual"),
     ],
 )
-def test_networks_without_gates_are_refused_by_their_first_strange_layer(name, kind):
-    with pytest.raises(ValueError, match=f"There are no gates for a {kind}"):
+def test_a_network_without_gates_is_refused(name, kind):
+    with pytest.raises(ValueError, match=rf"no gates for a {kind} \(body.0.0\)"):
         read_channels(build_model(name, 5, 1, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet8-x0.25", []),
+        ("densenet-bc-16-4", [("body.1.2", 8), ("body.2.2", 8)]),  # transitions read the stem's 8
+        ("vgg13-x0.06", None),
+    ],
+)
+def test_one_gate_must_stay_open_where_no_other_path_is_left(name, expected):
+    _, channels = channels_of(name)
+    begins = np.cumsum([0, *channels.sizes]).tolist()
+    names = dict(zip(begins, [reader.name for reader in channels.gated], strict=False))
+    got = [(names[begin], end - begin) for begin, end in channels.keep_one]
+    assert got == ([(r.name, r.channels) for r in channels.gated] if expected is None else expected)
+    for begin, _ in channels.keep_one:
+        closed = range(begin, begin + channels.sizes[list(names).index(begin)])
+        assert channels.macs(without(channels, *closed)) == 0
+        assert channels.macs(without(channels, *closed[1:])) > 0
