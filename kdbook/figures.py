@@ -133,6 +133,7 @@ def draw_mean(axes: Axes, table: pd.DataFrame, x: str, y: str, label: str, look:
     """
     import seaborn  # almost a second, for two figures of the book
 
+    look = {"mec": look["color"], **look}  # the default of seaborn is a white edge
     band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "lw": 0}}
     seaborn.lineplot(table, x=x, y=y, label=label, ax=axes, legend=False, **band, **look)
 

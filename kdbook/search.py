@@ -41,7 +41,7 @@ def drop_rates(found: Architecture) -> pd.DataFrame:
     channels, removed, drop_rate.
     """
     channels = Channels(build_model(found.base, classes=10, seed=0), image_size=32)
-    kept, rows = channels.remaining(found.is_open), []
+    kept, rows = channels.remaining(found.masks), []
     for reader in channels.gated:
         ends = np.cumsum([connection.channels for connection in reader.inputs])
         parts = np.split(kept[reader.name], ends[:-1])

@@ -21,7 +21,7 @@ RUN = Run("digits", MODEL, Recipe(2, 16, 0.05), images=128)
 def found():
     """A random architecture inside a DenseNet."""
     channels, random = Channels(build_model(MODEL, classes=10), 32), np.random.default_rng(0)
-    kept = channels.settle({r.name: random.random(r.channels) < 0.6 for r in channels.gated})
+    kept = channels.remaining({r.name: random.random(r.channels) < 0.6 for r in channels.gated})
     return Architecture.of(MODEL, channels, kept)
 
 
