@@ -1,4 +1,4 @@
-"""What is set for a device, and what compiling does."""
+"""The settings of a device, and compiled networks."""
 
 import os
 from functools import partial
@@ -9,14 +9,15 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from kdlib import KD, build_model, train
-from kdlib.engine.device import COMPILED_STEPS, AutocastNetwork, prepare, worth_compiling
+from kdlib.engine.device import COMPILED_STEPS, prepare, worth_compiling
 from kdlib.methods import KR, STC, AttentionTransfer, GateSearch
+from kdlib.models.precision import AutocastNetwork
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def nobody_asks(monkeypatch):
+def no_setting(monkeypatch):
     monkeypatch.delenv("KDLIB_COMPILE", raising=False)
 
 
@@ -25,7 +26,7 @@ def nobody_asks(monkeypatch):
     [
         ((9, 0), COMPILED_STEPS, True),
         ((9, 0), COMPILED_STEPS - 1, False),
-        ((7, 5), COMPILED_STEPS, False),  # a T4, for which the compiler has no backend any more
+        ((7, 5), COMPILED_STEPS, False),  # a T4; the compiler does not support it
     ],
 )
 def test_long_runs_on_a_gpu_are_compiled(monkeypatch, capability, steps, worth):
@@ -33,7 +34,7 @@ def test_long_runs_on_a_gpu_are_compiled(monkeypatch, capability, steps, worth):
     assert worth_compiling(GPU, steps) == worth
 
 
-def test_on_a_cpu_nothing_is_compiled_but_on_demand(monkeypatch):
+def test_a_cpu_compiles_only_on_demand(monkeypatch):
     assert not worth_compiling(CPU, 10**9)
     monkeypatch.setenv("KDLIB_COMPILE", "always")
     assert worth_compiling(CPU, 1)
@@ -41,14 +42,17 @@ def test_on_a_cpu_nothing_is_compiled_but_on_demand(monkeypatch):
     assert not worth_compiling(GPU, 10**9)
 
 
-def test_an_unknown_wish_is_refused(monkeypatch):
+def test_unknown_settings_are_refused(monkeypatch):
     monkeypatch.setenv("KDLIB_COMPILE", "sometimes")
-    with pytest.raises(ValueError, match="KDLIB_COMPILE=sometimes: it takes auto, never or always"):
+    with pytest.raises(ValueError, match="KDLIB_COMPILE=sometimes is not valid"):
         worth_compiling(CPU, 1)
+    monkeypatch.setenv("KDLIB_DETERMINISTIC", "true")
+    with pytest.raises(ValueError, match="KDLIB_DETERMINISTIC=true is not valid"):
+        prepare(CPU)
 
 
 @pytest.mark.parametrize(("asked", "exact"), [("1", True), ("", False)])
-def test_deterministic_is_all_libraries(monkeypatch, asked, exact):
+def test_deterministic_settings_reach_all_libraries(monkeypatch, asked, exact):
     monkeypatch.setenv("KDLIB_DETERMINISTIC", asked)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
@@ -67,18 +71,19 @@ def test_deterministic_is_all_libraries(monkeypatch, asked, exact):
             torch.use_deterministic_algorithms(False)
 
 
-# --- compiled lanes -------------------------------------------------------------------------------
+# --- compiled networks ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What is compiled from now on: all, by the compiler's front end, which takes no minutes."""
-    found, compile, make = SimpleNamespace(methods=[], graphs=0), torch.compile, AutocastNetwork._prepare
+    """Compile everything from now on, by the compiler's fast front end, and note it."""
+    found, compile = SimpleNamespace(methods=[], graphs=0), torch.compile
+    make = AutocastNetwork._prepare
 
-    def note(called, name):
-        if called.compiled:
+    def note(network, name):
+        if network.compiled:
             found.methods.append(name)
-        return make(called, name)
+        return make(network, name)
 
     def by_front_end(graph, inputs):
         found.graphs += 1
@@ -92,15 +97,15 @@ def compiled(monkeypatch):
 
 
 METHODS = {
-    "KD": (lambda teacher: KD(teacher), {"__call__"}),
+    "KD": (KD, {"__call__"}),
     "STC": (lambda teacher: STC(teacher, alpha=0.3, cut=2), {"until", "resume"}),
-    "AT": (lambda teacher: AttentionTransfer(teacher), {"stages", "head"}),
+    "AT": (AttentionTransfer, {"stages", "head"}),
     "KR": (lambda teacher: KR(teacher, prior=teacher.recipe), {"layers"}),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_compiled_lane_trains_as_an_eager_one(tiny, elsewhere, compiled, monkeypatch, name):
+def test_a_compiled_run_equals_an_eager_one(tiny, elsewhere, compiled, monkeypatch, name):
     make, called = METHODS[name]
     teacher = tiny(model="resnet14-x0.25")
     run = tiny(method=make(teacher), seed=1)
@@ -119,7 +124,7 @@ def test_a_compiled_lane_trains_as_an_eager_one(tiny, elsewhere, compiled, monke
     assert ours.log[terms].to_numpy() == pytest.approx(eager.log[terms].to_numpy(), rel=1e-3)
 
 
-def test_a_compiled_search_calls_its_gated_network_compiled(tiny, compiled):
+def test_the_gated_network_of_a_search_is_compiled(tiny, compiled):
     dense = tiny(epochs=1, model="densenet-bc-16-4")
     method = GateSearch(dense, budget=0.9, strength=0.5, rate=0.05)
     train([tiny(method=method, model="densenet-bc-16-4", start=dense)])
@@ -132,12 +137,12 @@ def test_evaluation_is_not_compiled(tiny, compiled):
 
 
 @pytest.mark.parametrize("flag", [False, True])
-def test_answers_are_in_float32(compiled, flag):
+def test_outputs_are_in_float32(compiled, flag):
     network = build_model("resnet8-x0.25", 10, 1, seed=0).double().eval()
     called = AutocastNetwork(network, CPU, torch.float32, flag)
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    answers = [called(x), called.until(1, x), *called.features(x), *called.layers(x)[1]]
-    answers += [called.head(network.stages(x)[-1]), called.with_weights({}, x)]
-    assert {answer.dtype for answer in answers} == {torch.float32}
-    torch.testing.assert_close(answers[0].double(), network(x), rtol=1e-5, atol=1e-6)
+    outputs = [called(x), called.until(1, x), *called.features(x), *called.layers(x)[1]]
+    outputs += [called.head(network.stages(x)[-1]), called.with_weights({}, x)]
+    assert {output.dtype for output in outputs} == {torch.float32}
+    torch.testing.assert_close(outputs[0].double(), network(x), rtol=1e-5, atol=1e-6)
     assert bool(compiled.graphs) == flag

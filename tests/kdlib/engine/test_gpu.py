@@ -200,8 +200,7 @@ def test_a_change_of_the_learning_rate_takes_effect(start, capture):
     advance(lane, lane.steps)
     assert_equal(dict(lane.state.networks["student"].named_parameters()), parameters)
     assert not any(
-        torch.equal(b, buffers[name])
-        for name, b in lane.state.networks["student"].named_buffers()
+        torch.equal(b, buffers[name]) for name, b in lane.state.networks["student"].named_buffers()
     )
 
 

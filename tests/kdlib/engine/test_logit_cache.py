@@ -1,3 +1,5 @@
+"""LogitCache: a teacher's logits, each computed at most once."""
+
 import pytest
 import torch
 from gated import images as some_images
@@ -5,8 +7,7 @@ from gated import lively
 
 from kdlib import build_model, load_data
 from kdlib.engine import LogitCache, plan
-from kdlib.engine import logit_cache as cache_module
-from kdlib.engine.logit_cache import HOST, CachePool, folded
+from kdlib.engine.logit_cache import folded
 from kdlib.store import fingerprint
 
 
@@ -15,12 +16,28 @@ def images():
     return load_data("digits").first(64)
 
 
-def make_teacher(seed=0):
-    """Its batch norms have statistics of their own, as a trained teacher's have."""
-    teacher = build_model("resnet8-x0.25", classes=10, channels=1, seed=seed)
-    digits = load_data("digits")
-    teacher(digits.batch(torch.arange(200)))
-    return teacher.eval()
+@pytest.fixture
+def make_teacher():
+    """Make a teacher whose batch norms have statistics, as those of a trained one."""
+
+    def make():
+        teacher = build_model("resnet8-x0.25", classes=10, channels=1, seed=0)
+        teacher(load_data("digits").batch(torch.arange(200)))
+        return teacher.eval()
+
+    return make
+
+
+@pytest.fixture
+def make_cache(make_teacher, images):
+    """Make a cache; a second CPU serves as memory apart from the teacher's device."""
+
+    def make(place="cpu"):
+        cache = LogitCache(make_teacher(), images)
+        cache.place = place and torch.device(place)
+        return cache
+
+    return make
 
 
 @pytest.fixture
@@ -33,79 +50,117 @@ def pairs(index, view):
     return set(zip(index.tolist(), view.tolist(), strict=True))
 
 
-def test_targets_equal_the_live_teacher_to_the_bit(images, requests):
-    labels = LogitCache(make_teacher(), images)
-    assert labels.chunk == len(images)
+every_place = pytest.mark.parametrize("place", ["cpu", "cpu:0"])
+
+
+def test_cached_logits_equal_computed_ones_to_the_bit(requests, make_cache):
+    cache = make_cache()
+    assert cache.chunk == 64
     for index, view in requests:
-        assert torch.equal(labels.targets(index, view), labels.live(index, view))
+        assert torch.equal(cache.logits(index, view), cache.compute(index, view))
 
 
-def test_live_is_the_teacher_on_exactly_these_views(images, requests):
+def test_logits_are_those_of_the_teacher_for_these_views(
+    images, requests, make_teacher, make_cache
+):
     teacher = make_teacher()
+    before = fingerprint(teacher.state_dict())
     index, view = requests[0]
     with torch.no_grad():
         expected = teacher(images.batch(index, view))
-    torch.testing.assert_close(LogitCache(teacher, images).live(index, view), expected)
+    torch.testing.assert_close(LogitCache(teacher, images).logits(index, view), expected)
+    assert fingerprint(teacher.state_dict()) == before
 
 
-def test_targets_do_not_depend_on_when_they_were_computed(images, requests):
-    first, second = (LogitCache(make_teacher(), images) for _ in range(2))
+def test_logits_do_not_depend_on_when_they_were_computed(requests, make_cache):
+    first, second = make_cache(), make_cache()
     for index, view in requests:
-        first.targets(index, view)
+        first.logits(index, view)
     index, view = (torch.cat(parts) for parts in zip(*requests, strict=True))
     shuffled = torch.randperm(len(index), generator=torch.manual_seed(1))
     for part in shuffled.split(37):
-        second.targets(index[part], view[part])
-    assert torch.equal(first.targets(index, view), second.targets(index, view))
+        second.logits(index[part], view[part])
+    assert torch.equal(first.logits(index, view), second.logits(index, view))
 
 
-def test_each_view_of_each_image_is_computed_at_most_once(images, requests, monkeypatch):
-    labels = LogitCache(make_teacher(), images)
-    swept, live = [], labels.live
-    monkeypatch.setattr(labels, "live", lambda i, v: swept.append(pairs(i, v)) or live(i, v))
+@every_place
+def test_each_view_of_each_image_is_computed_once(requests, make_cache, monkeypatch, place):
+    cache, resident, computed = make_cache(place), make_cache(), []
+    compute = cache._pass
+    monkeypatch.setattr(cache, "_pass", lambda i, v: computed.append(pairs(i, v)) or compute(i, v))
     for index, view in (*requests, *requests):
-        labels.targets(index, view)
+        assert torch.equal(cache.logits(index, view), resident.logits(index, view))
     asked = set.union(*(pairs(index, view) for index, view in requests))
-    assert set.union(*swept) == asked
-    assert sum(map(len, swept)) == len(asked)
+    assert set.union(*computed) == asked
+    assert sum(map(len, computed)) == len(asked)
 
 
-def test_what_is_known_needs_no_teacher(images, requests):
-    calls = []
-    labels = LogitCache(make_teacher(), images)
-    labels.teacher.register_forward_hook(lambda *_: calls.append(1))
-    labels.targets(*requests[0])
-    assert len(calls) == 1
-    labels.targets(*requests[0])
-    assert len(calls) == 1
+def test_every_pass_has_one_shape_and_known_logits_need_none(requests, make_cache):
+    cache, shapes = make_cache(), []
+    cache.teacher.register_forward_hook(lambda _, inputs, __: shapes.append(len(inputs[0])))
+    index, view = requests[0]
+    cache.logits(index[:5], view[:5])
+    cache.logits(index, view)
+    assert shapes == [64, 64]
+    cache.logits(index, view)
+    assert shapes == [64, 64]
 
 
-def test_every_sweep_has_one_shape(images, requests):
-    labels, shapes = LogitCache(make_teacher(), images), set()
-    labels.teacher.register_forward_hook(lambda _, inputs, __: shapes.add(inputs[0].shape[0]))
-    for index, view in requests:
-        labels.targets(index[:5], view[:5])
-        labels.targets(index, view)
-    assert shapes == {labels.chunk}
-
-
-def test_one_view_asked_for_twice_in_a_request_is_answered_twice(images):
-    labels = LogitCache(make_teacher(), images)
-    twice = labels.targets(torch.tensor([3, 5, 3]), torch.tensor([2, 0, 2]))
+def test_a_request_may_name_one_view_twice(make_cache):
+    twice = make_cache().logits(torch.tensor([3, 5, 3]), torch.tensor([2, 0, 2]))
     assert torch.equal(twice[0], twice[2])
     assert not torch.equal(twice[0], twice[1])
 
 
-def test_a_teacher_in_train_mode_is_refused(images):
+def test_a_cache_without_a_table_gives_the_same_logits(requests, make_cache):
+    cache, without = make_cache(), make_cache(None)
+    for index, view in requests:
+        assert torch.equal(cache.logits(index, view), without.logits(index, view))
+    assert without.known is None
+
+
+def test_rows_for_a_table_elsewhere_are_written_at_the_next_read(requests, make_cache):
+    cache = make_cache("cpu:0")
+    first = cache.logits(*requests[0])
+    assert len(cache._copying) == 1  # nothing waited for them
+    assert torch.equal(cache.logits(*requests[0]), first)
+    assert not cache._copying
+
+
+@every_place
+def test_logits_that_were_not_written_are_not_known(requests, make_cache, monkeypatch, place):
+    """As where memory runs out after the pass."""
+    cache, fresh = make_cache(place), make_cache()
+    passes, compute, sent = [], cache._pass, cache._sent
+
+    def out_of_memory(tensor):
+        if passes:
+            raise torch.OutOfMemoryError
+        return sent(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_sent", out_of_memory)
+        patch.setattr(cache, "_pass", lambda i, v: passes.append(1) or compute(i, v))
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.logits(*requests[0])
+    assert torch.equal(cache.logits(*requests[0]), fresh.logits(*requests[0]))
+
+
+def test_a_teacher_in_train_mode_is_refused(images, make_teacher):
     with pytest.raises(ValueError, match="eval mode"):
         LogitCache(make_teacher().train(), images)
 
 
-def test_sweeps_leave_the_teacher_as_it_was(images, requests):
-    teacher = make_teacher()
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    LogitCache(teacher, images).targets(*requests[0])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+@pytest.mark.parametrize("name", ["densenet-bc-28-6", "googlenet-x0.05", "resnet8-x0.3"])
+def test_a_logit_has_the_same_bits_at_any_place_of_a_chunk(name):
+    """A matrix product differs where the last layer's inputs are no multiple of 16."""
+    images = load_data("digits").first(200)
+    network = build_model(name, images.classes, images.channels, seed=0).eval()
+    cache = LogitCache(network, images)
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:64]
+    view = torch.zeros_like(index)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(cache._pass(index[shuffled], view), cache._pass(index, view)[shuffled])
 
 
 # --- folding --------------------------------------------------------------------------------------
@@ -121,148 +176,16 @@ def batch_norms(network):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folded_teacher_answers_as_the_teacher_does(name):
-    size = 28 if name == "lenet" else 8
-    teacher, x = lively(name), some_images(8, size)
+def test_a_folded_teacher_has_the_same_logits_and_fewer_batch_norms(name):
+    teacher, x = lively(name), some_images(8, 28 if name == "lenet" else 8)
+    before = fingerprint(teacher.state_dict())
     ours, theirs = folded(teacher), teacher(x)
     torch.testing.assert_close(ours(x), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
     assert batch_norms(ours) < batch_norms(teacher) or name == "lenet"
     assert folded(ours) is ours
+    assert fingerprint(teacher.state_dict()) == before
 
 
 def test_no_batch_norm_is_left_where_each_follows_a_convolution():
     assert batch_norms(folded(lively("resnet14"))) == 0
     assert batch_norms(folded(lively("densenet-bc-28-6"))) > 0
-
-
-def test_folding_leaves_the_teacher_itself_alone():
-    teacher = lively("resnet14")
-    before = fingerprint(teacher.state_dict())
-    folded(teacher)
-    assert fingerprint(teacher.state_dict()) == before
-
-
-# --- a table in the host's memory -----------------------------------------------------------------
-
-
-@pytest.fixture
-def spilled(images):
-    """A bank whose table is elsewhere than its teacher: to the bank, another CPU is as good."""
-    bank = LogitCache(make_teacher(), images)
-    bank.place = torch.device("cpu", 0)
-    assert bank.place != bank.device
-    return bank
-
-
-def test_a_spilled_bank_gives_the_same_numbers_and_sweeps_as_little(
-    images, requests, spilled, monkeypatch
-):
-    resident, swept, live = LogitCache(make_teacher(), images), [], spilled.live
-    monkeypatch.setattr(spilled, "live", lambda i, v: swept.append(pairs(i, v)) or live(i, v))
-    for index, view in (*requests, *requests):
-        assert torch.equal(spilled.targets(index, view), resident.targets(index, view))
-    asked = set.union(*(pairs(index, view) for index, view in requests))
-    assert sum(map(len, swept)) == len(asked)
-
-
-def test_rows_arrive_when_the_table_is_read_again(requests, spilled):
-    first = spilled.targets(*requests[0])
-    assert len(spilled.arriving) == 1  # nobody waited for them
-    assert torch.equal(spilled.targets(*requests[0]), first)
-    assert not spilled.arriving
-
-
-@pytest.mark.parametrize("place", [torch.device("cpu"), torch.device("cpu", 0)])
-def test_labels_that_were_not_written_are_not_known(images, requests, monkeypatch, place):
-    """As where memory runs out in between."""
-    bank, fresh = (LogitCache(make_teacher(), images) for _ in range(2))
-    bank.place, sent = place, bank._sent
-
-    def out_of_memory(tensor):
-        if len(swept):
-            raise torch.OutOfMemoryError
-        return sent(tensor)
-
-    swept, sweep = [], bank._sweep
-    with monkeypatch.context() as patch:
-        patch.setattr(bank, "_sent", out_of_memory)
-        patch.setattr(bank, "_sweep", lambda i, v: swept.append(1) or sweep(i, v))
-        with pytest.raises(torch.OutOfMemoryError):
-            bank.targets(*requests[0])
-    assert torch.equal(bank.targets(*requests[0]), fresh.targets(*requests[0]))
-
-
-def test_the_hosts_memory_is_what_a_container_may_have(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache_module, "CGROUP", tmp_path / "memory.max")
-    monkeypatch.delenv("KDLIB_GPUS", raising=False)
-    whole = cache_module._memory(HOST)
-    for text, expected in (("max\n", whole), ("1000000\n", 1_000_000)):
-        (tmp_path / "memory.max").write_text(text)
-        assert cache_module._memory(HOST) == expected
-    monkeypatch.setenv("KDLIB_GPUS", "0,1")
-    assert cache_module._memory(HOST) == 500_000
-
-
-# --- the shelf ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def room_for_two(images, monkeypatch):
-    one = LogitCache(make_teacher(), images).bytes(images.device)
-    monkeypatch.setattr(cache_module, "_memory", lambda device: 4 * one)
-
-
-def test_a_shelf_makes_each_bank_once_however_many_take_turns(images, room_for_two):
-    shelf, made = CachePool(), []
-    shelf.wanted = {"a", "b", "c"}
-    for _ in range(3):
-        for name in "abc":
-            shelf.get((name,), lambda n=name: made.append(n) or LogitCache(make_teacher(), images))
-    assert made == ["a", "b", "c"]
-    places = [shelf.get((name,), None).place for name in "abc"]
-    assert places == [images.device, images.device, None]
-
-
-def test_banks_that_nobody_wants_make_room(images, room_for_two):
-    shelf = CachePool()
-    for name in "abc":
-        shelf.wanted = {name}
-        bank = shelf.get((name,), lambda: LogitCache(make_teacher(), images))
-        assert bank.place == images.device
-    assert ("a",) not in shelf.banks
-
-
-def test_a_table_that_does_not_fit_beside_its_teacher_goes_to_the_host(images, monkeypatch):
-    """On a GPU; here the teacher is made to believe that the CPU is one."""
-    bank, beside = LogitCache(make_teacher(), images), torch.device("cpu", 0)
-    bank.device = bank.place = beside
-    teacher = sum(p.numel() * p.itemsize for p in bank.teacher.parameters())
-    table = bank.bytes(beside) - teacher
-    for room, place in (
-        ({beside: teacher + table, HOST: 0}, beside),
-        ({beside: teacher, HOST: table}, HOST),
-        ({beside: teacher, HOST: table - 1}, None),
-    ):
-        monkeypatch.setattr(cache_module, "_memory", lambda device, room=room: 2 * room[device])
-        assert CachePool().get(("a",), lambda: bank).place == place
-
-
-def test_a_bank_that_does_not_fit_gives_the_same_numbers(images, requests):
-    remembering, forgetting = (LogitCache(make_teacher(), images) for _ in range(2))
-    forgetting.place = None
-    for index, view in requests:
-        assert torch.equal(remembering.targets(index, view), forgetting.targets(index, view))
-    assert forgetting.known is None
-
-
-@pytest.mark.parametrize("name", ["densenet-bc-28-6", "googlenet-x0.05", "resnet8-x0.3"])
-def test_a_logit_has_the_same_bits_at_any_place_of_a_chunk(name):
-    """With inputs of the last layer that are no multiple of 16, a matrix product differs."""
-    images = load_data("digits").first(200)
-    network = build_model(name, images.classes, images.channels, seed=0).eval()
-    bank = LogitCache(network, images)
-    index = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:64]
-    view = torch.zeros_like(index)
-    swept = bank._sweep(index, view)
-    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(bank._sweep(index[shuffled], view), swept[shuffled])

@@ -1,3 +1,5 @@
+"""The order and the views of the images: a pure function of seed and epoch."""
+
 import hashlib
 import itertools
 
@@ -5,7 +7,7 @@ import pytest
 import torch
 
 from kdlib.engine import plan
-from kdlib.engine.plan import epoch_batches, mix, noise
+from kdlib.engine.plan import epoch_batches, mix, validation
 
 CASES = [(128, 24), (10, 7), (10, 10), (50, 1), (9, 4), (1438, 64)]
 
@@ -16,13 +18,16 @@ def stream(seed, epochs, n, batch, views=162):
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def test_a_plan_depends_on_its_arguments_alone():
+@pytest.mark.parametrize(
+    "draw", [lambda: plan(3, 5, n=1000, views=162), lambda: (validation(1000),)]
+)
+def test_plans_and_validation_images_do_not_use_the_global_random_state(draw):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = plan(3, 5, n=1000, views=162)
+    first = draw()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert all(map(torch.equal, plan(3, 5, n=1000, views=162), first))
+    assert all(map(torch.equal, draw(), first))
 
 
 def test_a_plan_is_a_permutation_with_views_of_the_whole_range():
@@ -36,19 +41,12 @@ def test_seeds_and_epochs_do_not_collide():
     pairs = itertools.product(range(40), repeat=2)
     assert len({mix("plan", seed, epoch) for seed, epoch in pairs}) == 1600
     assert mix("plan", 1, 11) != mix("plan", 11, 1)
-    assert not torch.equal(plan(0, 1, 100, 9)[0], plan(1, 0, 100, 9)[0])
-    assert not torch.equal(plan(0, 1, 100, 9)[1], plan(1, 0, 100, 9)[1])
-
-
-def test_the_plan_of_seed_0_is_the_one_the_published_results_were_made_with():
-    """Fails where torch draws other numbers: raise ENGINE_VERSION then."""
-    parts = [part.numpy().tobytes() for part in plan(0, 0, n=50_000, views=162)]
-    digest = hashlib.sha256(b"".join(parts)).hexdigest()
-    assert digest == "90cba3f869c7053b3976eb69c0562779c342bea0f6d0b923d475c75dc109bbe2"
+    first, second = plan(0, 1, 100, 9), plan(1, 0, 100, 9)
+    assert not any(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize(("n", "batch"), CASES)
-def test_batches_across_epoch_borders_are_the_plans_in_one_stream(n, batch):
+def test_batches_of_several_epochs_are_one_stream_of_plans(n, batch):
     epochs = 5
     plans = [
         torch.cat(part) for part in zip(*(plan(7, e, n, 162) for e in range(epochs)), strict=True)
@@ -71,34 +69,35 @@ def test_a_batch_larger_than_the_data_set_is_refused():
         epoch_batches(0, 0, 128, 9, 129)
 
 
-# --- noise ----------------------------------------------------------------------------------------
+# --- the validation images ------------------------------------------------------------------------
 
 
-def test_noise_depends_on_seed_and_epoch_alone():
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = noise(3, 5, (4, 6, 2, 10))
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert torch.equal(noise(3, 5, (4, 6, 2, 10)), first)
-    assert first.shape == (4, 6, 2, 10)
-    assert first.dtype == torch.float32
-    others = [noise(3, 6, first.shape), noise(4, 5, first.shape), noise(5, 3, first.shape)]
-    assert not any((first == other).float().mean() > 0.01 for other in others)
+@pytest.mark.parametrize("n", [4, 5, 128, 1438, 50_000])
+def test_validation_is_a_sorted_fifth_of_the_training_images(n):
+    chosen = validation(n)
+    assert chosen.dtype == torch.int64
+    assert len(chosen) == n // 5
+    assert (chosen.diff() > 0).all()
+    assert ((chosen >= 0) & (chosen < n)).all()
 
 
-def test_noise_is_the_same_on_every_machine():
-    """A run's id stands for it."""
-    assert noise(0, 0, (4,)).tolist() == pytest.approx(
-        [0.077167, 0.914036, 0.112949, 0.951449], abs=1e-6
-    )
+def test_validation_images_come_from_all_parts_of_the_data_set():
+    quarters = torch.bincount(validation(50_000) // 12_500, minlength=4)
+    assert ((quarters - 2500).abs() < 200).all()
 
 
-def test_noise_is_uniform_and_never_reaches_0_or_1():
-    """In so many draws of this seed and epoch torch gives an exact 0."""
-    drawn = noise(0, 4, (2**24,))
-    assert 0 < drawn.min() < 1e-6
-    assert 1 - 1e-6 < drawn.max() < 1
-    assert drawn.mean().item() == pytest.approx(0.5, abs=1e-3)
-    shares = torch.histc(drawn, 10, 0, 1) / len(drawn)
-    assert shares.tolist() == pytest.approx([0.1] * 10, abs=1e-3)
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (
+            lambda: plan(0, 0, n=50_000, views=162),
+            "90cba3f869c7053b3976eb69c0562779c342bea0f6d0b923d475c75dc109bbe2",
+        ),
+        (lambda: (validation(50_000),), "b277d4d7cffefc31"),
+    ],
+    ids=["plan", "validation"],
+)
+def test_the_numbers_are_those_of_the_published_results(draw, expected):
+    """Where torch draws other numbers, raise ENGINE_VERSION."""
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in draw())).hexdigest()
+    assert digest.startswith(expected)

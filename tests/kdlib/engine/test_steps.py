@@ -1,12 +1,11 @@
-"""A step as a graph can hold it: the host waits for nothing, and no random number is drawn."""
+"""A step fits into a graph: the host waits for no value, and no random number is drawn."""
 
 import pytest
 import torch
+from helpers import new_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdlib import KD, load_data, train
-from kdlib.engine.logit_cache import CachePool
-from kdlib.engine.trainer import Trainer
+from kdlib import KD, train
 from kdlib.methods import (
     FSP,
     KDGAN,
@@ -25,19 +24,17 @@ from kdlib.methods import (
     paraphrase,
 )
 
-# Whatever needs a value or a size from the device before the host can go on.
+# Operations that need a value or a size from the device before the host can continue.
 WAITING = {
     *("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero"),
     *("repeat_interleave", "unique_consecutive", "_unique2"),
 }
-
-
-# The same, asked of a tensor itself.
+# Methods of a tensor that need its value.
 READING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
 class Noting(TorchDispatchMode):
-    """Notes the names of all operations; an index by a mask counts as one that looks for it."""
+    """Notes the names of all operations; an index by a mask counts as ``nonzero``."""
 
     def __init__(self):
         super().__init__()
@@ -79,22 +76,21 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_waits_for_nothing_and_draws_nothing(tiny, monkeypatch, name):
+def test_a_step_reads_no_value_and_draws_no_random_number(tiny, monkeypatch, name):
     teacher, make = METHODS[name]
     teacher = tiny(model=teacher or WIDER, keep=(1, 2))
     run = tiny(method=make(teacher), seed=1, start=teacher if name == "search" else None)
     train([parent for parent, _ in run.parents])
-    images, test = (load_data(run.data, split) for split in ("train", "test"))
-    lane = Trainer(run, images.first(run.images), test, CachePool())
-    lane.begin_epoch()
-    lane.advance()  # what is made once is there
+    trainer = new_trainer(run)
+    trainer.begin_epoch()
+    trainer.advance()  # the first step makes meters and momentum
     before = torch.random.get_rng_state()
     read = []
     for method in READING:
         monkeypatch.setattr(torch.Tensor, method, lambda *_, method=method: read.append(method))
     with Noting() as noting:
-        lane.step()
-        lane.step()
+        trainer.step()
+        trainer.step()
     monkeypatch.undo()
     assert not read
     assert "convolution" in noting.names

@@ -1,0 +1,71 @@
+"""The divergence of a student from the checkpoints of its teacher, RCO's Eq. 6."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr, softmax
+
+from kdlib import KD, load_data, measure, store, train
+from kdlib.chains import divergence as divergence_module
+from kdlib.chains.divergence import divergence_from_route, last_model, logits_of, teacher_of
+from kdlib.engine.plan import validation
+from kdlib.errors import StoreError
+
+
+def with_route(teacher):
+    """The same run, which keeps all of its checkpoints and logits."""
+    return replace(teacher, keep=range(1, teacher.recipe.epochs + 1), save_logits=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_the_divergence_is_that_of_eq_6(tiny, options):
+    teacher = with_route(tiny(epochs=3, model="resnet14-x0.25"))
+    student = train([tiny(method=KD(teacher, at=2), seed=1)])[0]
+    tau, index = options.get("temperature", 5.0), validation(128)
+    own = student.model()(load_data("digits").first(128).batch(index))
+    own = softmax(own.double().numpy() / tau, axis=1)
+    expected = []
+    for epoch in (1, 2, 3):
+        logits = store.load_logits(store.find_record(teacher), epoch)
+        taught = softmax(logits.double().numpy() / tau, axis=1)
+        expected.append(np.mean([rel_entr(t, s).sum() for t, s in zip(taught, own, strict=True)]))
+    table = measure(student, divergence_from_route, **options)
+    assert table.epoch.tolist() == [1, 2, 3]
+    assert table.kl.tolist() == pytest.approx(expected, rel=1e-6)
+    assert min(expected) > 1e-6
+
+
+def test_the_divergence_is_least_from_the_checkpoint_that_the_student_equals(tiny):
+    teacher = with_route(tiny(epochs=3))
+    student = tiny(epochs=1, lr=0.0, method=KD(teacher), start=teacher, momentum=0.0)
+    table = divergence_from_route(train([student])[0])
+    assert table.epoch[table.kl.idxmin()] == 3
+    assert table.kl.min() < 0.1 * table.kl.nsmallest(2).max()
+
+
+def test_other_images_than_the_teachers_are_refused(tiny):
+    teacher = with_route(tiny())
+    student = replace(tiny(method=KD(teacher)), images=96)
+    with pytest.raises(ValueError, match="do not learn from the same images"):
+        divergence_from_route(train([student])[0])
+
+
+def test_the_teacher_is_that_of_the_last_epoch(tiny):
+    teacher = tiny()
+    assert teacher_of(teacher) is None
+    assert teacher_of(tiny(method=KD(teacher, at=1))) == teacher
+
+
+def test_logits_are_those_of_the_last_network_without_augmentation(tiny, monkeypatch):
+    trained = train([tiny()])[0]
+    images = load_data("digits").first(128)
+    model = last_model(trained.run)
+    monkeypatch.setattr(divergence_module, "CHUNK", 50)
+    expected = model(images.batch(torch.arange(128)))
+    torch.testing.assert_close(logits_of(model, images), expected)
+    some = torch.tensor([3, 100])
+    torch.testing.assert_close(logits_of(model, images, some), expected[some])
+    with pytest.raises(StoreError, match="no record"):
+        last_model(tiny(seed=1))

@@ -1,0 +1,113 @@
+"""Evaluation on test images, and logits of the validation images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gated import lively
+from helpers import final_weights
+from torch.nn import functional as F
+
+from kdlib import KD, load_data, store, train
+from kdlib.engine import LogitCache
+from kdlib.engine import evaluation as evaluation_module
+from kdlib.engine.evaluation import evaluate, validation_logits
+from kdlib.engine.plan import validation
+from kdlib.errors import StoreError
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_every_classifier_is_evaluated_on_all_test_images(taught):
+    images = load_data("digits", "test")
+    student, peer, teacher = (lively("resnet8-x0.25", seed, classes=10) for seed in range(3))
+    cache = LogitCache(teacher, images) if taught else None
+    got = evaluate({"student": student, "peer": peer}, images, cache)
+    x = images.batch(torch.arange(len(images)))
+    expected = {}
+    with torch.no_grad():
+        for prefix, network in (("test", student), ("test_peer", peer)):
+            logits = network(x)
+            hits = (logits.argmax(1) == images.labels).double().mean()
+            expected[f"{prefix}_top1"] = 100 * hits.item()
+            expected[f"{prefix}_ce"] = F.cross_entropy(logits, images.labels).item()
+            if taught:
+                q, p = logits.log_softmax(1), teacher(x).log_softmax(1)
+                kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
+                expected[f"{prefix}_kl"] = kl.item()
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert [*got] == [*expected]
+
+
+def test_the_size_of_chunks_changes_no_validation_logit(monkeypatch):
+    images, network = load_data("digits").first(128), lively("resnet8-x0.25", classes=10)
+    expected = network(images.batch(validation(128))).detach()
+    for chunk in (3, 1000):
+        monkeypatch.setattr(evaluation_module, "CHUNK", {"cpu": chunk})
+        torch.testing.assert_close(validation_logits(network, images), expected)
+
+
+# --- saved logits ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny):
+    return train([tiny(save_logits=True)])[0]
+
+
+def path_of(trained, epoch):
+    return store.folder(trained.run) / f"logits-{epoch:04d}.safetensors"
+
+
+def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
+    trained = train([tiny(epochs=3, keep=(1, 2), save_logits=True)])[0]
+    x = load_data("digits").first(128).batch(validation(128))
+    assert trained.summary["logits"].keys() == {"1", "2", "3"}
+    for epoch in (1, 2, 3):
+        logits, exact = store.load_logits(trained, epoch), trained.model(epoch)(x)
+        assert (logits.dtype, logits.shape) == (torch.float32, (25, 10))
+        torch.testing.assert_close(logits, exact, rtol=2**-10, atol=1e-4)
+        assert not torch.equal(logits, exact)
+
+
+def test_logits_are_not_saved_by_default(tiny):
+    trained = train([tiny()])[0]
+    assert "logits" not in trained.summary
+    assert not list(store.folder(trained.run).glob("logits-*"))
+    with pytest.raises(StoreError, match=r"logits-0001\.safetensors does not exist"):
+        store.load_logits(trained, 1)
+
+
+def test_damaged_logits_are_named_renamed_and_made_again(trained):
+    before, path = store.load_logits(trained, 1), path_of(trained, 1)
+    path.write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=f"{path} is damaged"):
+        store.load_logits(trained, 1)
+    assert not path.exists()
+    assert path.with_suffix(".damaged").exists()
+    again = train([trained.run])[0]
+    assert torch.equal(store.load_logits(again, 1), before)
+    assert final_weights(again) == final_weights(trained)
+
+
+def test_logits_that_the_record_does_not_name_are_not_used_but_made_again(trained):
+    before = store.load_logits(trained, 1)
+    store.save_logits(trained.run, 1, torch.zeros(25, 10))
+    with pytest.raises(StoreError, match="does not hold the logits that the record"):
+        store.load_logits(trained, 1)
+    again = train([trained.run], weights=True)[0]
+    assert torch.equal(store.load_logits(again, 1), before)
+
+
+def test_a_run_asked_later_for_its_logits_is_trained_again_to_the_same_weights(
+    tiny, epochs_trained
+):
+    run, student = tiny(), tiny(method=KD(tiny()), seed=1)
+    first, taught = train([run, student])
+    epochs_trained.clear()
+    second = train([run, replace(run, save_logits=True), run])
+    assert epochs_trained == [(run.id, 1), (run.id, 2)]
+    assert {final_weights(trained) for trained in second} == {final_weights(first)}
+    assert all(store.holds_logits(trained) for trained in second)
+    epochs_trained.clear()
+    assert train([run, student])[1].summary == taught.summary
+    assert epochs_trained == []

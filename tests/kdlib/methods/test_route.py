@@ -1,0 +1,271 @@
+"""RCO: checkpoints of the teacher's route as anchors, in one stage or in several."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    batches,
+    final_weights,
+    interrupted,
+    new_trainer,
+    replace_weights,
+    same_log,
+)
+from torch.nn import functional as F
+
+from kdlib import KD, Recipe, Run, build_model, load_data, store, train
+from kdlib.engine import trainer as trainer_module
+from kdlib.methods.route import OneStage, hardness, multi_stage, next_anchor
+from kdlib.models import load_weights
+from kdlib.store import fingerprint
+
+# --- one stage ------------------------------------------------------------------------------------
+
+
+def test_one_anchor_for_all_epochs_is_plain_distillation_to_the_bit(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25")
+    methods = KD(teacher), OneStage(KD(teacher), gap=3)
+    plain, one = train([tiny(epochs=3, milestones=(2,), method=method) for method in methods])
+    assert one.run.id != plain.run.id
+    assert final_weights(one) == final_weights(plain)
+    assert same_log(one, plain)
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"),
+    [
+        (1, [1, 2, 3, 4, 5, 6, 7, 7, 7]),
+        (2, [2, 2, 4, 4, 6, 6, 7, 7, 7]),  # 8 is beyond the teacher's end
+        (3, [3, 3, 3, 6, 6, 6, 7, 7, 7]),
+        (5, [5, 5, 5, 5, 5, 7, 7, 7, 7]),
+        (7, [7] * 9),
+        (100, [7] * 9),
+    ],
+)
+def test_the_anchor_changes_every_gap_epochs(tiny, gap, expected):
+    method = OneStage(KD(tiny(epochs=7)), gap)
+    assert [method.teacher_at(epoch).epoch for epoch in range(9)] == expected
+
+
+@pytest.mark.parametrize(
+    ("gap", "count"), [(1, 240), (2, 120), (4, 60), (10, 24), (20, 12), (60, 4), (240, 1)]
+)
+def test_the_number_of_anchors_is_that_of_table_6(gap, count):
+    teacher = Run("cifar100", "resnet50", Recipe(240, 64, 0.05))
+    found = OneStage(KD(teacher), gap).checkpoints(240)
+    assert len(found) == count
+    assert max(epoch for _, epoch in found) == 240
+
+
+@pytest.mark.parametrize("gap", [0, -1, 1.28e-3, 1.5])
+def test_a_gap_that_is_no_positive_whole_number_is_refused(tiny, gap):
+    with pytest.raises(ValueError, match=rf"gap of {gap} epochs"):
+        OneStage(KD(tiny()), gap)
+
+
+def test_a_whole_gap_may_be_a_float(tiny):
+    """As 240 / 20 is."""
+    method = OneStage(KD(tiny(epochs=4)), 2.0)
+    assert method == OneStage(KD(tiny(epochs=4)), 2)
+    assert isinstance(method.gap, int)
+
+
+def test_each_epoch_learns_from_its_own_anchor_at_a_rate_that_continues(tiny):
+    teacher = tiny(epochs=4)
+    methods = OneStage(KD(teacher), gap=2), KD(teacher, at=2)
+    one, first = train(
+        [tiny(epochs=4, milestones=(1, 3), decay=0.5, method=method) for method in methods]
+    )
+    kept = store.find_record(teacher).summary["weights"]
+    assert one.summary["teachers"] == {f"{teacher.id}@{k}": kept[str(k)] for k in (2, 4)}
+    assert one.log.lr.tolist() == [0.05, 0.025, 0.025, 0.0125]
+    columns = ["train_loss", "train_kd", "test_ce", "test_kl"]
+    assert one.log[columns][:2].equals(first.log[columns][:2])
+    assert (one.log[columns][2:] != first.log[columns][2:]).all(axis=None)
+
+
+# --- several stages -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tiny):
+    """Two stages, of anchors 1 and 3; their batches cross the borders of epochs."""
+    teacher = tiny(epochs=3, model="resnet14-x0.25", keep=(1, 2))
+    student = tiny(epochs=3, milestones=(2,), decay=0.3, seed=1, method=KD(teacher))
+    return multi_stage(student, (1, 3))
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_one_stage_alone_is_plain_distillation_from_its_anchor(tiny, at):
+    teacher = tiny(epochs=3)
+    (stage,) = multi_stage(tiny(method=KD(teacher)), [at])
+    plain = tiny(method=KD(teacher, at=at))
+    assert (stage, stage.id) == (plain, plain.id)
+
+
+def test_each_stage_starts_from_the_weights_of_the_one_before_and_nothing_else(chain):
+    first, second = train(chain)
+    state = new_trainer(second.run).state
+    assert fingerprint(state.modules["student"].state_dict()) == final_weights(first)
+    assert not state.optimizers["student"].state
+    assert second.log.lr.tolist() == first.log.lr.tolist() == [0.05, 0.05, pytest.approx(0.015)]
+    teacher = first.run.method.teacher
+    kept = store.find_record(teacher).summary["weights"]
+    assert first.summary["teachers"] == {f"{teacher.id}@1": kept["1"]}
+    assert second.summary["teachers"] == {
+        f"{teacher.id}@3": kept["3"],
+        f"{first.run.id}@3": final_weights(first),
+    }
+
+
+def test_a_later_stage_equals_a_plain_pytorch_loop(chain):
+    first, second = train(chain)
+    run, images = second.run, load_data("digits").first(128)
+    teacher, recipe = store.find_record(run.method.teacher).model(), run.recipe
+    model = build_model(run.model, classes=10, channels=1)
+    load_weights(model, first.model().state_dict())
+    model.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch, index, view in batches(run, images):
+        optimizer.param_groups[0]["lr"] = recipe.lr * (recipe.decay if epoch >= 2 else 1)
+        x = images.batch(index, view)
+        logits = model(x)
+        with torch.no_grad():
+            taught = F.softmax(teacher(x) / 5, 1)
+        kl = (taught * (taught.log() - F.log_softmax(logits / 5, 1))).sum(1).mean()
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, images.labels[index]) + 25 * kl).backward()
+        optimizer.step()
+    trained = second.model().state_dict()
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_resumed_stage_equals_an_uninterrupted_one(chain, assert_resumes, epochs_trained):
+    assert_resumes(chain[1])
+    train(chain)
+    ids = [run for run, _ in epochs_trained]
+    assert chain[0].method.teacher.id not in ids  # one training serves all stages
+
+
+def test_changed_weights_of_a_stage_make_the_later_ones_train_again(tiny, chain, epochs_trained):
+    third = replace(chain[1], seed=2, start=chain[1])
+    before = train([third])[0]
+    moved = replace_weights(chain[0], tiny(epochs=3, seed=5))
+    epochs_trained.clear()
+    with pytest.warns(UserWarning, match=f"{chain[1]} learned from other weights.*{chain[0]}"):
+        after = train([third])[0]
+    again = store.find_record(chain[1])
+    assert again.summary["teachers"][f"{chain[0].id}@3"] == moved
+    assert [run for run, _ in epochs_trained] == [chain[1].id] * 3 + [third.id] * 3
+    assert after.summary["teachers"][f"{chain[1].id}@3"] == final_weights(again)
+    assert final_weights(after) != final_weights(before)
+
+
+def test_a_half_trained_stage_whose_start_changed_starts_from_the_beginning(
+    tiny, chain, monkeypatch, epochs_trained
+):
+    first, second = chain
+    train([first])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train([second])
+    moved = replace_weights(first, tiny(epochs=3, seed=5))
+    epochs_trained.clear()
+    after = train([second])[0]
+    assert epochs_trained == [(second.id, epoch) for epoch in (1, 2, 3)]
+    assert after.summary["teachers"][f"{first.id}@3"] == moved
+
+
+def test_the_first_stage_keeps_the_start_of_the_student(tiny):
+    student = tiny(method=KD(tiny()), start=tiny(seed=3))
+    assert multi_stage(student, [1, 2])[0].start == tiny(seed=3)
+
+
+# --- the next anchor ------------------------------------------------------------------------------
+
+# H by the teacher's epoch; the last epoch, 7, is never tested.
+H = {1: 0.5, 2: 0.6, 3: 0.8, 4: 1.0, 5: 2.0, 6: 0.5, 7: 9.0}
+
+
+def test_hardness_is_the_relative_rise_of_the_divergence():
+    assert hardness(H, 4) == {5: 1.0, 6: -0.5, 7: 8.0}
+    assert hardness(H, 1) == pytest.approx({2: 0.2, 3: 0.6, 4: 1.0, 5: 3.0, 6: 0.0, 7: 17.0})
+    assert hardness(H, 7) == {}
+
+
+@pytest.mark.parametrize(
+    ("anchor", "delta", "expected"),
+    [
+        (1, 0.8, 3),  # r = 0.2, 0.6, 1.0: epoch 4 is the first that is too hard
+        (1, 1.5, 4),  # … 1.0, 3.0
+        (1, 3.5, 7),  # no epoch is too hard; 7 with r = 17 is not tested
+        (2, 0.8, 4),  # r = 1/3, 2/3, 7/3
+        (2, 0.5, 3),
+        (3, 0.8, 4),  # r = 1/4, 3/2
+        (4, 0.8, 5),  # r = 1: no progress, so the next epoch
+        (4, 1.0, 7),  # r = 1 is not above 1
+        (5, 0.8, 7),  # all later epochs are easier than the anchor itself
+        (6, 0.8, 7),  # only 7 follows
+        (1, 0.1, 2),  # epoch 2 is too hard; 6 is easier again and does not count
+        (1, -2.0, 2),
+    ],
+)
+def test_the_next_anchor_is_the_last_epoch_before_one_too_hard(anchor, delta, expected):
+    assert next_anchor(H, anchor, delta) == expected
+    assert next_anchor(dict(reversed(H.items())), anchor, delta) == expected
+
+
+def test_the_default_of_delta_is_that_of_the_paper():
+    assert next_anchor(H, 1) == next_anchor(H, 1, 0.8) != next_anchor(H, 1, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "delta", "every", "expected"),
+    [
+        (1, 0.8, 2, 2),  # 4 is too hard, 3 is no candidate
+        (1, 0.1, 2, 2),
+        (1, 0.1, 3, 3),  # 2 is too hard: the next candidate
+        (2, 0.5, 2, 4),  # 4 is too hard, 3 is no candidate: no progress
+        (4, 0.8, 3, 6),  # 5 is too hard though it is no candidate
+        (6, -2.0, 6, 7),  # only the last epoch is left
+        (1, 0.8, 10, 7),
+        (1, 3.5, 2, 7),
+    ],
+)
+def test_only_candidates_and_the_last_epoch_become_anchors(anchor, delta, every, expected):
+    assert next_anchor(H, anchor, delta, range(every, 100, every)) == expected
+
+
+def algorithm_2(h, i, delta):
+    """As printed in the paper, with its 1-based table in a list."""
+    n = len(h) - 1
+    j = i + 1
+    while j < n:
+        r = (h[j] - h[i]) / h[i]
+        if r > delta:
+            return j - 1
+        j += 1
+    return n
+
+
+def test_the_next_anchor_is_that_of_algorithm_2_as_printed():
+    random = np.random.default_rng(0)
+    without_progress = 0
+    for _ in range(300):
+        h = [math.nan, *random.uniform(0.5, 1.5, size=random.integers(2, 12))]
+        i = int(random.integers(1, len(h) - 1))
+        printed = algorithm_2(h, i, delta=0.8)
+        without_progress += printed == i
+        divergence = dict(enumerate(h[1:], 1))
+        assert next_anchor(divergence, i, 0.8) == max(printed, i + 1)
+    assert 0 < without_progress < 200
+
+
+def test_no_anchor_follows_the_last_epoch():
+    with pytest.raises(ValueError, match="Nothing follows epoch 7: the teacher has 7"):
+        next_anchor(H, 7)
