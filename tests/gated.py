@@ -1,4 +1,4 @@
-"""Networks whose channels are all different, and gates on them, for the tests of student search."""
+"""Networks whose channels all differ, and gates on them, for the tests of student search."""
 
 import torch
 from torch import nn
@@ -7,17 +7,9 @@ from torch.func import functional_call
 from kdlib import build_model
 from kdlib.methods.gates import Gates
 from kdlib.models.channels import Channels
-from kdlib.models.precision import AutocastNetwork
 
 SMALL = ["densenet-bc-16-4", "resnet14-x0.25", "vgg13-x0.06"]
 BOTTLENECKS = "resnet50-x0.03"
-
-
-class InItsOwn(AutocastNetwork):
-    """A network as losses call it, in the precision that it has."""
-
-    def _float32(self, answer):
-        return answer
 
 
 def lively(name, seed=0, classes=5, channels=1):
@@ -54,7 +46,7 @@ def values_of(gates):
 
 
 def close(gates, *layers, source=None):
-    """Close the gates of these layers; only of what they read of a ``source`` where it is given."""
+    """Close the gates of these layers; with a ``source``, only on channels that come from it."""
     values, connections = values_of(gates), {r.name: r.inputs for r in gates.channels.gated}
     for layer in layers:
         parts = values[layer].split([connection.channels for connection in connections[layer]])
@@ -69,7 +61,7 @@ def gated_logits(network, gates, x):
 
 
 def gated_convolutions(network):
-    """Those that the paper puts gates before, in the order of the data, found by their names."""
+    """The convolutions that the paper puts gates before, in the order of the data."""
     return [
         (name, module)
         for name, module in network.named_modules()
