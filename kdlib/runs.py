@@ -233,7 +233,6 @@ class Run:
     """
 
     DESCRIBED_BY: ClassVar = {"data": "dataset"}
-
     data: str
     model: str
     recipe: Recipe
@@ -243,6 +242,8 @@ class Run:
     start: Run | None = None
     keep: tuple[int, ...] = field(default=(), compare=False)
     save_logits: bool = field(default=False, compare=False)
+    # ``data`` and ``dataset``, found once, also for the copies that ``replace`` makes
+    _named: tuple[str, str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         check_name(self.data)
@@ -259,10 +260,12 @@ class Run:
         if self.start and (self.start.data, self.start.model) != (self.data, self.model):
             raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
 
-    @cached_property
+    @property
     def dataset(self) -> str:
         """The name of the data set on every machine: of a folder its own name and content hash."""
-        return canonical_name(self.data)
+        if not (self._named and self._named[0] == self.data):
+            object.__setattr__(self, "_named", (self.data, canonical_name(self.data)))
+        return self._named[1]
 
     @cached_property
     def id(self) -> str:

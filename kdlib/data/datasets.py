@@ -86,18 +86,9 @@ def canonical_name(name: str) -> str:
     base, distortion = split_name(name)
     if base.startswith("folder:"):
         folder = Path(base.removeprefix("folder:")).expanduser().resolve()
-        base = _folder_name(
-            folder, tuple(os.stat(path).st_mtime_ns for path in folder.glob("*/*/"))
-        )
+        base = f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
         _folders[base] = folder
     return base + distortion
-
-
-@lru_cache
-def _folder_name(folder: Path, changed: tuple[int, ...]) -> str:
-    """Computed again when a class folder has ``changed``; an image that changed is found later,
-    when the images are loaded."""
-    return f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
 
 
 def count_views(name: str) -> int:

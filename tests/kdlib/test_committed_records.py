@@ -11,7 +11,7 @@ from kdlib.store.measurements import measurement_name
 
 RECORDS = sorted(ROOT.glob("results/*/records/*.jsonl"))
 MEASUREMENTS = sorted(ROOT.glob("results/*/records/*.measure-*.json"))
-CLASSES = {name: getattr(methods, name) for name in methods.__all__}
+CLASSES = {name: kind for name, kind in vars(methods).items() if isinstance(kind, type)}
 CLASSES |= {"Run": runs.Run, "Recipe": runs.Recipe}
 # The functions of the notebooks whose measurements are committed, and their options.
 MEASURED = [("training_curve", {}), ("kernel_sparsity", {}), ("kernels", {"layer": 1})]
