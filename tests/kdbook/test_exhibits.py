@@ -125,6 +125,9 @@ def test_an_exhibit_is_judged_once_and_again_after_a_new_cell(table2, tmp_path, 
     path = tmp_path / "results/smoke/rco/table2/verdicts.csv"
     verdicts = pd.read_csv(path, index_col="id").verdict
     assert verdicts["rco/table2/value-mflops-student/S-RCO"] == "reproduced"
+    table2.add("S-RCO", "loss", table2.used.values(), lambda trained: 1.0)
+    table2.verdicts()
+    assert len(calls) == 3
 
 
 # --- figures --------------------------------------------------------------------------------------
