@@ -118,3 +118,41 @@ def evaluation(logits, labels, teacher_logits=None):
     if teacher_logits is not None:
         found["kl"] = kl(teacher_logits, logits).item()
     return found
+
+
+# --- KR -------------------------------------------------------------------------------------------
+
+# A student and a teacher; in each stage, layers of the student and of the teacher for n = 3.
+KR_PAIRS = {
+    "equal": ("resnet8-x0.25", "resnet14-x0.25", [(0, (0, 1)), (1, (2, 3))]),
+    "other channels": ("resnet8-x0.25", "resnet14-x0.5", [(0, (0, 1)), (1, (2, 3))]),
+    "deeper student": ("resnet14-x0.5", "resnet8-x0.25", [(1, (0,)), (3, (1,))]),
+}
+
+
+def prior_by_hand(method, pair, features, adapters, thresholds, first=False):
+    """The prior of KR without beta, and the share of residuals beyond their thresholds.
+
+    Args:
+        features: of student and teacher, by stage and layer.
+        first: set the thresholds to the mean residuals of this batch.
+    """
+    (ours, theirs), total, shares, k = features, 0, [], 0
+    for stage in (1, 2, 3):
+        for student, layers in KR_PAIRS[pair][2]:
+            targets = torch.stack([theirs[stage][layer] for layer in layers])
+            u = adapters[k](ours[stage][student]) - targets
+            spreads = torch.stack([target.std() for target in targets])
+            weights = spreads / spreads.sum()
+            mean = weights @ u.detach().abs().mean((1, 2, 3, 4))
+            if first:
+                thresholds.data[k] = mean
+            t = 0 if method.threshold == "none" else thresholds[k]
+            beyond = (u.abs() > t).to(u.dtype)
+            penalty = method.gain / 2 * beyond * (u**2 - t**2)
+            total = total + weights @ penalty.mean((1, 2, 3, 4))
+            if method.threshold == "learned":
+                total = total + method.pull * (t - mean) ** 2
+            shares.append(beyond.mean())
+            k += 1
+    return total, sum(shares) / k

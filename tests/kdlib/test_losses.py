@@ -1,6 +1,5 @@
-"""Each loss against its formula, written out in numpy with loops and broadcasting."""
+"""Each loss equals its formula, written in numpy with loops and broadcasting."""
 
-from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -112,7 +111,7 @@ def nst(student, teacher):
 
 
 @every_loss
-def test_equals_the_formula_written_out(name):
+def test_a_loss_equals_its_formula(name):
     tensors = TENSORS[name]
     expected = globals()[name](*(tensor.numpy() for tensor in tensors))
     loss = LOSSES[name](*tensors)
@@ -156,17 +155,17 @@ def test_a_dead_feature_gives_finite_gradients(name):
     assert all(tensor.grad.isfinite().all() for tensor in student)
 
 
-# --- what holds of each ---------------------------------------------------------------------------
+# --- properties of losses -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORS if name != "imitation"])
-def test_is_zero_where_student_and_teacher_agree(name):
+def test_a_loss_is_zero_where_student_and_teacher_agree(name):
     student, _ = split(name)
     assert abs(float(LOSSES[name](*student, *student))) < 1e-15
 
 
 @every_loss
-def test_is_a_mean_over_the_batch(name):
+def test_a_loss_is_a_mean_over_the_batch(name):
     twice = [torch.cat([tensor, tensor]) for tensor in TENSORS[name]]
     once = LOSSES[name](*TENSORS[name])
     torch.testing.assert_close(LOSSES[name](*twice), once)
@@ -177,13 +176,6 @@ def test_normalised_losses_ignore_the_scale_of_features(name):
     student, teacher = TENSORS[name]
     torch.testing.assert_close(
         LOSSES[name](3 * student, 0.5 * teacher), LOSSES[name](student, teacher)
-    )
-
-
-def test_kd_ignores_a_shift_of_all_logits():
-    student, teacher = TENSORS["kd"]
-    torch.testing.assert_close(
-        losses.kd(student + 5, teacher - 3, 2.0), losses.kd(student, teacher, 2.0)
     )
 
 
@@ -198,22 +190,14 @@ def test_imitation_is_kd_and_the_teachers_entropy(temperature):
     assert excess > 0.1
 
 
-def test_imitation_has_a_temperature_of_one_unless_told():
+def test_the_default_temperature_of_imitation_is_1():
     student, teacher = TENSORS["imitation"]
     expected = imitation(student.numpy(), teacher.numpy(), temperature=1.0)
     assert float(losses.imitation(student, teacher)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_imitation_of_a_certain_teacher_is_cross_entropy():
-    student, _ = TENSORS["imitation"]
-    labels = torch.tensor([3, 0, 9])
-    certain = 1e3 * torch.nn.functional.one_hot(labels, 10).double()
-    expected = torch.nn.functional.cross_entropy(student, labels)
-    torch.testing.assert_close(losses.imitation(student, certain), expected)
-
-
 def test_kd_at_high_temperature_matches_centred_logits():
-    """Hinton et al. 2015, Eq. 4: then distillation is ½·mean squared error of the logits."""
+    """Hinton et al. 2015, Eq. 4: the limit is ½·mean squared error of the logits."""
     student, teacher = TENSORS["kd"]
     difference = student - teacher
     difference = difference - difference.mean(1, keepdim=True)
@@ -226,7 +210,7 @@ def test_nst_ignores_the_order_of_channels():
     torch.testing.assert_close(losses.nst(student.flip(1), teacher), losses.nst(student, teacher))
 
 
-def test_fsp_pools_whichever_layer_is_larger():
+def test_fsp_pools_the_larger_of_the_two_layers():
     small, large = make((2, 3, 3), (2, 6, 6))
     pooled = torch.nn.functional.max_pool2d(large, 2)
     assert float(losses.fsp(small, large, small, pooled)) == 0
@@ -237,7 +221,7 @@ def test_fsp_pools_whichever_layer_is_larger():
 
 
 def broadcast_nst(student, teacher):
-    """The formula as it is often written: it makes ``[b, c, c, h·w]``."""
+    """The formula as it is often written, with a tensor ``[b, c, c, h·w]``."""
     s, t = (f.flatten(2) / f.flatten(2).norm(dim=2, keepdim=True) for f in (student, teacher))
 
     def mean_kernel(x, y):
@@ -248,7 +232,7 @@ def broadcast_nst(student, teacher):
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_nst_equals_the_broadcast_formula_with_its_gradient(dtype, rel):
-    """Of features behind a ReLU, whose kernels are alike: little is left of their difference."""
+    """After a ReLU the kernels are similar, so their difference loses digits."""
     student, teacher = (f.relu() for f in make((16, 8, 8), (24, 8, 8)))
     exact = student.clone().requires_grad_()
     expected = broadcast_nst(exact, teacher)
@@ -261,7 +245,7 @@ def test_nst_equals_the_broadcast_formula_with_its_gradient(dtype, rel):
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all that is computed."""
+    """Counts the bytes of all results."""
 
     total = largest = 0
 
@@ -275,8 +259,10 @@ class Bytes(TorchDispatchMode):
 
 
 def test_nst_of_a_resnet50_needs_a_tenth_of_the_memory_of_the_broadcast_formula():
-    """Its first stage, 256 channels of 32x32, at a batch of 64; forward and backward, on the meta
-    device: shapes are computed, numbers are not."""
+    """Forward and backward pass of the first stage: 256 channels of 32x32, a batch of 64.
+
+    On the meta device, which computes shapes and no numbers.
+    """
     counts = []
     for formula in (losses.nst, broadcast_nst):
         student, teacher = (torch.empty(64, 256, 32, 32, device="meta") for _ in range(2))
@@ -286,27 +272,13 @@ def test_nst_of_a_resnet50_needs_a_tenth_of_the_memory_of_the_broadcast_formula(
     ours, broadcast = counts
     assert broadcast.largest == 64 * 256 * 256 * 1024 * 4  # 17 GB
     assert ours.total < broadcast.total / 10
-    assert ours.largest == 64 * 256 * 1024 * 4  # no more than a feature
-
-
-def test_nst_takes_a_tenth_of_the_memory_of_the_broadcast_formula():
-    """Measured: the most that was allocated at a time, at a size that fits."""
-    student, teacher = (f.repeat(1, 4, 1, 1).float() for f in make((16, 8, 8), (16, 8, 8)))
-    most = []
-    for formula in (losses.nst, broadcast_nst):
-        ours = student.clone().requires_grad_()
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            formula(ours, teacher).backward()
-        events = profiler.profiler.kineto_results.events()
-        most.append(max(accumulate(e.nbytes() for e in events if e.name() == "[memory]")))
-    assert most[1] > 2 * B * 64 * 64 * 64 * 4
-    assert most[0] < most[1] / 10
+    assert ours.largest == 64 * 256 * 1024 * 4  # the size of a feature
 
 
 # --- sparse recoding ------------------------------------------------------------------------------
 
 
-def test_recoding_is_nothing_within_its_threshold_and_grows_beyond():
+def test_recoding_is_zero_within_its_threshold_and_grows_beyond():
     u = torch.tensor([-3.0, -2.5, -2.0, -0.5, 0.0, 1.0, 2.0, 4.0], dtype=torch.float64)
     u.requires_grad_()
     threshold = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -341,7 +313,7 @@ def test_recoding_equals_its_formula_element_by_element(gain, threshold):
     assert (expected > 0) == (threshold < 9)
 
 
-def test_recoding_has_a_gain_of_two_unless_told():
+def test_the_default_gain_of_recoding_is_2():
     (u,) = make((4, 3, 3))
     torch.testing.assert_close(losses.recoding(u, 0.5), 2 * losses.recoding(u, 0.5, gain=1.0))
 
@@ -378,14 +350,10 @@ def test_aggregation_weights_are_shares_of_the_standard_deviations():
     assert not weights.requires_grad
 
 
-def test_a_single_layer_has_the_whole_weight():
-    assert losses.aggregation_weights(make((4, 3, 3))[0][None]).tolist() == [1.0]
-
-
 # --- samples --------------------------------------------------------------------------------------
 
 
-def test_samples_equal_their_formula():
+def test_samples_equal_the_formula():
     logits, uniform = make((10,), (10,))[0], torch.rand(B, 10, dtype=torch.float64)
     gumbel = -np.log(-np.log(uniform.numpy()))
     expected = softmax((np.log(softmax(logits.numpy(), 1)) + gumbel) / 0.7, 1)
@@ -415,8 +383,8 @@ def test_the_gradient_of_samples_is_right():
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_samples_are_finite_at_the_ends_of_the_noise(temperature, scale):
-    least, most = 2**-24, 1 - 2**-24  # of float32, as a plan draws it
+def test_samples_are_finite_for_the_least_and_the_largest_random_numbers(temperature, scale):
+    least, most = 2**-24, 1 - 2**-24  # in float32
     uniform = torch.tensor([[least] * 4, [most] * 4, [least, most, least, most], [0.5] * 4])
     assert 0 < uniform.min() < uniform.max() < 1
     logits = scale * torch.randn(4, 4, generator=torch.manual_seed(0))
