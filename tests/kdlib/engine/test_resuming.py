@@ -162,12 +162,12 @@ def test_a_run_does_not_inherit_the_curve_of_the_run_it_starts_from(tiny):
 
 # --- processes ------------------------------------------------------------------------------------
 
-EPOCHS = 60
+EPOCHS = 30
 SCRIPT = f"""
 import sys
 from kdlib import KD, Recipe, Run, train
 def run(seed, **method):
-    recipe = Recipe(epochs={EPOCHS}, batch=24, lr=0.05, milestones=(40,))
+    recipe = Recipe(epochs={EPOCHS}, batch=24, lr=0.05, milestones=(20,))
     return Run("digits", "resnet8-x0.25", recipe, seed=seed, images=128, **method)
 student = run(1, method=KD(run(0)))
 if __name__ == "__main__":
