@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from benchmarks import arguments, compare, report, row, timed
 from benchmarks.field import PilData, augmentation, by_torchvision, unpadded
 from kdlib.data import Images
-from kdlib.engine import plan
+from kdlib.engine.plan import plan
 
 COUNT = 10_000
 BATCHES = (64, 512)

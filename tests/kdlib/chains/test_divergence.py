@@ -9,7 +9,7 @@ from scipy.special import rel_entr, softmax
 
 from kdlib import KD, load_data, measure, store, train
 from kdlib.chains import divergence as divergence_module
-from kdlib.chains.divergence import divergence_from_route, last_model, logits_of, teacher_of
+from kdlib.chains.divergence import divergence_from_route, logits_of, teacher_of
 from kdlib.engine.plan import validation
 from kdlib.errors import StoreError
 
@@ -61,11 +61,11 @@ def test_the_teacher_is_that_of_the_last_epoch(tiny):
 def test_logits_are_those_of_the_last_network_without_augmentation(tiny, monkeypatch):
     trained = train([tiny()])[0]
     images = load_data("digits").first(128)
-    model = last_model(trained.run)
+    model = store.require_record(trained.run).model()
     monkeypatch.setattr(divergence_module, "CHUNK", 50)
     expected = model(images.batch(torch.arange(128)))
     torch.testing.assert_close(logits_of(model, images), expected)
     some = torch.tensor([3, 100])
     torch.testing.assert_close(logits_of(model, images, some), expected[some])
     with pytest.raises(StoreError, match="no record"):
-        last_model(tiny(seed=1))
+        store.require_record(tiny(seed=1))

@@ -8,6 +8,7 @@ from found_students import MODEL, TEACHER, chain, modules_of, search
 from helpers import final_weights
 from torch.func import functional_call
 
+from kdbook.search import extraction
 from kdlib import (
     KD,
     CrossEntropy,
@@ -20,7 +21,7 @@ from kdlib import (
     store,
     train,
 )
-from kdlib.chains.found import architecture, channels_of, extract, extraction, kept_channels
+from kdlib.chains.found import architecture, channels_of, extract, kept_channels
 from kdlib.engine import pool as pool_module
 from kdlib.errors import NothingFound
 from kdlib.files import home, results

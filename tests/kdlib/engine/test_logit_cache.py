@@ -6,8 +6,9 @@ from gated import images as some_images
 from gated import lively
 
 from kdlib import build_model, load_data
-from kdlib.engine import LogitCache, plan
+from kdlib.engine import LogitCache
 from kdlib.engine.logit_cache import folded
+from kdlib.engine.plan import plan
 from kdlib.store import fingerprint
 
 

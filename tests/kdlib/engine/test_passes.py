@@ -8,8 +8,8 @@ import pytest
 from helpers import final_weights, same_log
 
 from kdlib import KD, KDGAN, load_data, store, train
-from kdlib.engine import plan
 from kdlib.engine.passes import TeacherPasses, teacher_passes
+from kdlib.engine.plan import plan
 from kdlib.engine.train import CACHES
 from kdlib.methods import STC, AttentionTransfer, FactorTransfer, Hint, paraphrase
 from kdlib.methods.route import OneStage, multi_stage

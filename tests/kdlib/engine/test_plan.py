@@ -6,8 +6,7 @@ import itertools
 import pytest
 import torch
 
-from kdlib.engine import plan
-from kdlib.engine.plan import epoch_batches, mix, validation
+from kdlib.engine.plan import epoch_batches, mix, plan, validation
 
 CASES = [(128, 24), (10, 7), (10, 10), (50, 1), (9, 4), (1438, 64)]
 

@@ -8,10 +8,9 @@ from helpers import final_weights, same_log
 from torch.nn import functional as F
 
 from kdlib import KD, Checkpoint, build_model, load_data, store, train
-from kdlib.engine import plan
 from kdlib.engine import pool as pool_module
 from kdlib.engine.logit_cache import folded
-from kdlib.engine.plan import mix
+from kdlib.engine.plan import mix, plan
 from kdlib.engine.train import CACHES
 from kdlib.errors import NotFinite
 from kdlib.store import fingerprint
