@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from gpu_trainers import SAME, WIDER
+from gpu_trainers import PARAPHRASER, SAME, WIDER
 
 from kdlib import load_data, train
 from kdlib.engine.cache_pool import CachePool
@@ -58,4 +58,5 @@ def start(gpu, another_home):
 
 @pytest.fixture
 def teachers(gpu):
-    return train([WIDER, SAME], device=gpu)
+    """The trained teachers of ``gpu_trainers.METHODS``, and the lender of a paraphraser."""
+    return train([WIDER, SAME, PARAPHRASER], device=gpu)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from gpu_trainers import (
-    NEW,
+    METHODS,
     RUN,
     WIDER,
     WITH_PRIOR,
@@ -20,12 +20,10 @@ from gpu_trainers import (
 from kdlib import KD, Checkpoint, build_model, count_cost, load_data, store, train
 from kdlib.chains.found import FoundStudent, extraction
 from kdlib.engine import LogitCache, state
-from kdlib.engine import trainer as trainer_module
 from kdlib.engine.cache_pool import HOST, CachePool
 from kdlib.engine.logit_cache import folded
 from kdlib.engine.plan import mix
 from kdlib.engine.train import CACHES
-from kdlib.engine.trainer import Trainer
 from kdlib.methods import (
     STC,
     GateSearch,
@@ -113,42 +111,26 @@ def test_an_evaluation_between_replays_leaves_training_alone(start):
     assert_equal(whole(trainer), whole(undisturbed))
 
 
-def test_a_resumed_trainer_equals_an_uninterrupted_one(start, gpu, monkeypatch):
-    monkeypatch.setattr(trainer_module, "SAVING_SHARE", 1e9)
-    uninterrupted = finish(start(RUN, capture=True))
-    first = start(RUN, capture=True)
-    advance(first, first.steps)
-    first.end_epoch()
-    images = load_data(RUN.data, "train", gpu)
-    resumed = Trainer(RUN, images, load_data(RUN.data, "test", gpu), CachePool())
-    assert resumed.epoch == 1
-    resumed.begin_epoch()
-    assert_equal(whole(resumed), whole(first))
-    finish(resumed)
-    assert training_log(resumed) == training_log(uninterrupted)
-    assert_equal(whole(resumed), whole(uninterrupted))
-
-
 # --- parallel runs --------------------------------------------------------------------------------
 
 
-def test_parallel_runs_equal_runs_one_by_one(gpu, another_home):
-    train([RUN], device=gpu)
-    recipe = replace(RUN.recipe, epochs=3)
+def test_the_number_of_parallel_runs_changes_no_result(gpu, teachers, another_home, monkeypatch):
+    monkeypatch.delenv("KDLIB_PARALLEL", raising=False)
+    longer = replace(RUN, recipe=replace(RUN.recipe, epochs=4))
+    methods = [RUN.method, *(METHODS[name] for name in ("KR", "KR + KDGAN", "KDGAN", "sparse"))]
     runs = [
-        replace(RUN, seed=1),
-        replace(RUN, seed=2, method=KD(RUN), model="resnet14-x0.5"),
-        replace(RUN, seed=3, method=KD(RUN), recipe=recipe),
-        replace(RUN, seed=4, model="mobilenetv2-t4-w0.35", recipe=replace(recipe, batch=64)),
+        replace(longer, model="resnet14-x0.5", method=KD(WIDER)),
+        replace(longer, model="mobilenetv2-t4-w0.35", recipe=replace(longer.recipe, batch=64)),
+        *(replace(RUN, method=method, seed=k) for k, method in enumerate(methods)),
+        *(replace(longer, method=KD(WIDER), seed=seed) for seed in range(4)),
     ]
     results = []
-    for parallel in (1, 4):
+    for parallel in (1, 4, None):
         another_home()
         CACHES.clear()
-        results.append(train(runs, device=gpu, parallel=parallel))
-    alone, together = ([trained.summary for trained in part] for part in results)
-    assert [c["weights"] for c in together] == [c["weights"] for c in alone]
-    assert [c["teachers"] for c in together] == [c["teachers"] for c in alone]
+        trained = train(runs, device=gpu, parallel=parallel)
+        results.append([(t.summary["weights"], t.summary["teachers"]) for t in trained])
+    assert results[0] == results[1] == results[2]
 
 
 def test_teachers_are_bit_identical_after_their_students_trained(gpu):
@@ -294,9 +276,9 @@ def test_the_memory_of_a_removed_cache_is_not_reused_while_it_is_read(start, gpu
     assert not pool._leaving
 
 
-@pytest.mark.parametrize("name", [*NEW, "CE"])
+@pytest.mark.parametrize("name", [*METHODS, "CE"])
 def test_a_step_waits_for_nothing(start, teachers, name):
-    method = {"method": NEW[name]} if name in NEW else {}
+    method = {"method": METHODS[name]} if name in METHODS else {}
     trainer = start(replace(RUN, **method), capture=False)
     advance(trainer, 2)
     torch.cuda.set_sync_debug_mode("error")
@@ -305,21 +287,6 @@ def test_a_step_waits_for_nothing(start, teachers, name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.data.cursor.item() == 3
-
-
-def test_a_chosen_number_of_parallel_runs_changes_no_result(
-    gpu, teachers, another_home, monkeypatch
-):
-    monkeypatch.delenv("KDLIB_PARALLEL", raising=False)
-    recipe = replace(RUN.recipe, epochs=4)
-    runs = [replace(RUN, recipe=recipe, method=KD(WIDER), seed=seed) for seed in range(10)]
-    results = []
-    for parallel in (1, None):
-        another_home()
-        CACHES.clear()
-        results.append(train(runs, device=gpu, parallel=parallel))
-    alone, chosen = ([trained.summary["weights"] for trained in part] for part in results)
-    assert chosen == alone
 
 
 # --- a search, whose gates have an optimizer of their own and whose end depends on them -----------

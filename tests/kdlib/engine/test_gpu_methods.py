@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_trainers import (
-    NEW,
+    METHODS,
+    PARAPHRASER,
     RUN,
-    SLOWER,
     WIDER,
-    WITH_KD,
     WITH_PRIOR,
     WITH_THRESHOLDS,
     advance,
@@ -19,21 +18,14 @@ from gpu_trainers import (
     whole,
 )
 
-from kdlib import KD, Recipe, load_data, store, train
+from kdlib import KD, load_data, store, train
 from kdlib.chains.greedy import GreedySearch, anchors, divergences
 from kdlib.engine import state
 from kdlib.engine import trainer as trainer_module
 from kdlib.engine.cache_pool import CachePool
-from kdlib.engine.train import CACHES
 from kdlib.engine.trainer import Trainer
 from kdlib.methods import (
-    STC,
-    AttentionTransfer,
-    FactorTransfer,
     Hint,
-    MutualLearning,
-    RocketLaunching,
-    paraphrase,
 )
 from kdlib.methods.route import OneStage, multi_stage
 from kdlib.store import fingerprint
@@ -47,36 +39,10 @@ pytestmark = [
 
 # --- peers, teachers in the step, and routes ------------------------------------------------------
 
-PAIRS = [
-    method("resnet14-x0.5", SLOWER, **other)
-    for method, other in ((RocketLaunching, {"kd_weight": 0.7}), (MutualLearning, {}))
-]
-every_pair = pytest.mark.parametrize("method", PAIRS, ids=lambda m: type(m).__name__)
-
-
-@every_pair
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_captured_pair_equals_an_eager_one(start, monkeypatch, method, dtype):
-    """Two optimizers in one graph; the rate of each falls between the epochs."""
-    monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
-    run = replace(RUN, method=method)
-    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
-    assert training_log(captured) == training_log(eager)
-    assert any(name.startswith("momentum.peer.") for name in whole(captured))
-    assert_equal(whole(captured), whole(eager))
-
-
-@every_pair
-def test_capturing_a_pair_changes_nothing(start, method):
-    run = replace(RUN, method=method)
-    captured, eager = start(run, capture=True), start(run, capture=False)
-    assert_equal(dict(captured.state.modules.state_dict()), dict(eager.state.modules.state_dict()))
-    assert not any(buffer.any() for buffer in captured.state.momentum().values())
-
 
 def test_a_captured_student_whose_teacher_changes_in_place_equals_an_eager_one(start, gpu):
     """With an adapter, from 32 channels to 64."""
-    teacher = replace(RUN, model="resnet8", keep=(1,))
+    teacher = replace(WIDER, keep=(1,))
     (trained,) = train([teacher], device=gpu)
     run = replace(RUN, method=OneStage(Hint(teacher), gap=1), seed=1)
     captured, eager = start(run, capture=True), start(run, capture=False)
@@ -96,56 +62,14 @@ def test_a_captured_student_whose_teacher_changes_in_place_equals_an_eager_one(s
 
 def test_the_last_anchor_of_a_captured_hint_is_not_the_first(start, gpu):
     """A graph that kept the first teacher's weights would make them equal."""
-    train([replace(RUN, model="resnet8", keep=(1,))], device=gpu)
-    teacher = replace(RUN, model="resnet8")
+    train([replace(WIDER, keep=(1,))], device=gpu)
     trainers = [
         finish(start(replace(RUN, method=method, seed=1), capture=True))
-        for method in (OneStage(Hint(teacher), gap=1), Hint(teacher, at=1))
+        for method in (OneStage(Hint(WIDER), gap=1), Hint(WIDER, at=1))
     ]
     first, last = ([trainer.log[k]["train_hint"] for trainer in trainers] for k in (0, 1))
     assert first[0] == first[1]
     assert last[0] != last[1]
-
-
-@pytest.mark.parametrize("method", [PAIRS[0], Hint(replace(RUN, model="resnet8"))])
-def test_a_resumed_trainer_with_auxiliary_modules_equals_an_uninterrupted_one(
-    start, gpu, monkeypatch, method
-):
-    monkeypatch.setattr(trainer_module, "SAVING_SHARE", 1e9)
-    if isinstance(method, Hint):
-        train([method.teacher], device=gpu)
-    run = replace(RUN, method=method, seed=1)
-    uninterrupted, first = finish(start(run, capture=True)), start(run, capture=True)
-    advance(first, first.steps)
-    first.end_epoch()
-    images = load_data(run.data, "train", gpu)
-    resumed = Trainer(run, images, load_data(run.data, "test", gpu), CachePool())
-    assert resumed.epoch == 1
-    resumed.begin_epoch()
-    finish(resumed)
-    assert training_log(resumed) == training_log(uninterrupted)
-    assert_equal(whole(resumed), whole(uninterrupted))
-
-
-PARAPHRASER = paraphrase(WIDER, Recipe(1, 56, 0.05))
-OF_FEATURES = [
-    STC(WIDER, **WITH_KD),
-    STC(WIDER, cut=3, target="truth"),
-    AttentionTransfer(WIDER, **WITH_KD),
-    FactorTransfer(WIDER, paraphraser=PARAPHRASER),
-]
-
-
-@pytest.mark.parametrize("method", OF_FEATURES, ids=lambda m: type(m).__name__)
-def test_a_captured_student_of_features_equals_an_eager_one(start, gpu, method):
-    train([PARAPHRASER], device=gpu)
-    run = replace(RUN, method=method, seed=1)
-    captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
-    assert training_log(captured) == training_log(eager)
-    assert_equal(whole(captured), whole(eager))
-    teacher = captured.teachers.network
-    assert fingerprint(teacher.state_dict()) == store.saved_fingerprint(WIDER, RUN.recipe.epochs)
-    assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
 def test_a_captured_paraphraser_equals_an_eager_one_and_leaves_its_network_alone(start, gpu):
@@ -177,26 +101,27 @@ def test_stages_and_searches_are_trained_together(gpu):
 # --- extra updates, random inputs, and recoded gradients ------------------------------------------
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_captured_trainer_of_every_other_method_equals_an_eager_one(
+def test_a_captured_trainer_of_any_method_equals_an_eager_one(
     start, teachers, monkeypatch, name, dtype
 ):
     monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
-    run = replace(RUN, method=NEW[name], seed=1)
+    run = replace(RUN, method=METHODS[name], seed=1)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
     assert training_log(captured) == training_log(eager)
     assert_equal(whole(captured), whole(eager))
-    if name in WITH_PRIOR:
-        assert any(key.startswith("momentum.prior.student.") for key in whole(captured))
+    peers = dict.fromkeys(("Rocket", "DML"), "peer.")
+    if own := (dict.fromkeys(WITH_PRIOR, "prior.student.") | peers).get(name):
+        assert any(key.startswith(f"momentum.{own}") for key in whole(captured))
     if teacher := captured.teachers.network:
-        kept = {trained.summary["weights"]["2"] for trained in teachers}
+        kept = {trained.summary["weights"]["2"] for trained in teachers[:2]}
         assert fingerprint(teacher.state_dict()) in kept
         assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
 def test_two_captured_updates_of_a_step_have_a_momentum_each(start, teachers):
-    captured, eager = (start(replace(RUN, method=NEW["KR"]), capture=c) for c in (True, False))
+    captured, eager = (start(replace(RUN, method=METHODS["KR"]), capture=c) for c in (True, False))
     for steps in (1, 2):
         for trainer in (captured, eager):
             advance(trainer, 1)
@@ -209,10 +134,10 @@ def test_two_captured_updates_of_a_step_have_a_momentum_each(start, teachers):
             assert not torch.equal(prior, momenta[f"momentum.student.student.{name}"])
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_capturing_any_other_method_changes_nothing(start, teachers, name):
+@pytest.mark.parametrize("name", METHODS)
+def test_capturing_any_method_changes_nothing(start, teachers, name):
     """Thresholds are not a number until the first batch, and a curve has no step."""
-    run = replace(RUN, method=NEW[name])
+    run = replace(RUN, method=METHODS[name])
     captured, eager = start(run, capture=True), start(run, capture=False)
     states = [dict(trainer.state.modules.state_dict()) for trainer in (captured, eager)]
     assert states[0].keys() == states[1].keys()
@@ -226,7 +151,9 @@ def test_capturing_any_other_method_changes_nothing(start, teachers, name):
 
 
 def test_random_inputs_change_in_place_with_the_epoch(start, teachers):
-    captured, eager = (start(replace(RUN, method=NEW["KDGAN"]), capture=c) for c in (True, False))
+    captured, eager = (
+        start(replace(RUN, method=METHODS["KDGAN"]), capture=c) for c in (True, False)
+    )
     first = captured.data.inputs["uniform"].clone()
     assert torch.equal(first, eager.data.inputs["uniform"])
     address = captured.data.inputs["uniform"].data_ptr()
@@ -237,12 +164,10 @@ def test_random_inputs_change_in_place_with_the_epoch(start, teachers):
     assert not torch.equal(captured.data.inputs["uniform"], first)
 
 
-@pytest.mark.parametrize("name", ["KR", "KR + KDGAN", "sparse"])
-def test_a_resumed_trainer_of_other_methods_equals_an_uninterrupted_one(
-    start, teachers, gpu, monkeypatch, name
-):
+@pytest.mark.parametrize("name", ["CE", "Rocket", "Hint", "KR", "KR + KDGAN", "sparse"])
+def test_a_resumed_trainer_equals_an_uninterrupted_one(start, teachers, gpu, monkeypatch, name):
     monkeypatch.setattr(trainer_module, "SAVING_SHARE", 1e9)
-    run = replace(RUN, method=NEW[name], seed=1)
+    run = replace(RUN, method=METHODS.get(name, RUN.method), seed=1)
     uninterrupted, first = finish(start(run, capture=True)), start(run, capture=True)
     advance(first, first.steps)
     first.end_epoch()
@@ -256,25 +181,13 @@ def test_a_resumed_trainer_of_other_methods_equals_an_uninterrupted_one(
     assert_equal(whole(resumed), whole(uninterrupted))
 
 
-def test_other_methods_in_parallel_equal_one_by_one(gpu, teachers, another_home):
-    names = ("KR", "KR + KDGAN", "KDGAN", "sparse")
-    runs = [replace(RUN, method=NEW[name], seed=k) for k, name in enumerate(names)]
-    results = []
-    for parallel in (1, 4):
-        another_home()
-        CACHES.clear()
-        results.append(train(runs, device=gpu, parallel=parallel))
-    alone, together = ([trained.summary["weights"] for trained in part] for part in results)
-    assert together == alone
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_recoded_gradients_and_their_thresholds_do_not_depend_on_their_scaling(
     start, monkeypatch, dtype
 ):
     """The method asks for float32, so that thresholds are of gradients without a scale."""
     monkeypatch.setattr(state, "training_dtype", lambda device: torch.float32)
-    run = replace(RUN, method=NEW["sparse"])
+    run = replace(RUN, method=METHODS["sparse"])
     exact = start(run, capture=False)
     advance(exact, 1)
     monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
