@@ -14,10 +14,10 @@ from kdlib.methods.route import multi_stage
 
 @pytest.fixture
 def family(tiny):
-    """A teacher, its student, and the student of that student."""
+    """A teacher, its student, and a student that starts from that student."""
     teacher = tiny()
     student = tiny(seed=1, method=KD(teacher))
-    return teacher, student, tiny(seed=2, method=KD(student))
+    return teacher, student, tiny(seed=2, start=student)
 
 
 def level(runs, weights=False, failures=None):
@@ -146,22 +146,24 @@ def test_a_teacher_asked_for_another_checkpoint_is_trained_again_and_its_student
     assert epochs_trained == []
 
 
-def test_a_half_trained_student_whose_teacher_changed_starts_from_the_beginning(
-    tiny, family, monkeypatch, epochs_trained
+@pytest.mark.parametrize("inherits", [lambda t: {"method": KD(t)}, lambda t: {"start": t}])
+def test_a_half_trained_student_whose_parent_changed_starts_from_the_beginning(
+    tiny, monkeypatch, epochs_trained, inherits
 ):
-    teacher, student, _ = family
-    train([teacher])
+    parent = tiny()
+    student = tiny(seed=1, **inherits(parent))
+    train([parent])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SAVING_SHARE", 1e9)
+        patch.setattr(trainer, "SAVING_SHARE", 1e9)  # save after every epoch
         patch.setattr(trainer.Trainer, "close", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train([student])
     assert (store.folder(student) / "state.safetensors").exists()
-    moved = replace_weights(teacher, tiny(seed=5))
+    moved = replace_weights(parent, tiny(seed=5))
     epochs_trained.clear()
     trained = train([student])[0]
     assert [epoch for _, epoch in epochs_trained] == [1, 2]
-    assert trained.summary["teachers"] == {f"{teacher.id}@2": moved}
+    assert trained.summary["teachers"] == {f"{parent.id}@2": moved}
 
 
 # --- repetition -----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """RCO: checkpoints of the teacher's route as anchors, in one stage or in several."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,15 +8,12 @@ import torch
 from helpers import (
     batches,
     final_weights,
-    interrupted,
     new_trainer,
-    replace_weights,
     same_log,
 )
 from torch.nn import functional as F
 
 from kdlib import KD, Recipe, Run, build_model, load_data, store, train
-from kdlib.engine import trainer as trainer_module
 from kdlib.methods.route import OneStage, hardness, multi_stage, next_anchor
 from kdlib.models import load_weights
 from kdlib.store import fingerprint
@@ -149,36 +145,6 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(chain, assert_resumes, epoc
     train(chain)
     ids = [run for run, _ in epochs_trained]
     assert chain[0].method.teacher.id not in ids  # one training serves all stages
-
-
-def test_changed_weights_of_a_stage_make_the_later_ones_train_again(tiny, chain, epochs_trained):
-    third = replace(chain[1], seed=2, start=chain[1])
-    before = train([third])[0]
-    moved = replace_weights(chain[0], tiny(epochs=3, seed=5))
-    epochs_trained.clear()
-    with pytest.warns(UserWarning, match=f"{chain[1]} learned from other weights.*{chain[0]}"):
-        after = train([third])[0]
-    again = store.find_record(chain[1])
-    assert again.summary["teachers"][f"{chain[0].id}@3"] == moved
-    assert [run for run, _ in epochs_trained] == [chain[1].id] * 3 + [third.id] * 3
-    assert after.summary["teachers"][f"{chain[1].id}@3"] == final_weights(again)
-    assert final_weights(after) != final_weights(before)
-
-
-def test_a_half_trained_stage_whose_start_changed_starts_from_the_beginning(
-    tiny, chain, monkeypatch, epochs_trained
-):
-    first, second = chain
-    train([first])
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.Trainer, "close", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train([second])
-    moved = replace_weights(first, tiny(epochs=3, seed=5))
-    epochs_trained.clear()
-    after = train([second])[0]
-    assert epochs_trained == [(second.id, epoch) for epoch in (1, 2, 3)]
-    assert after.summary["teachers"][f"{first.id}@3"] == moved
 
 
 def test_the_first_stage_keeps_the_start_of_the_student(tiny):
