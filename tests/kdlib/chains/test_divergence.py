@@ -1,13 +1,13 @@
 """The divergence of a student from the checkpoints of its teacher, RCO's Eq. 6."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from kdlib import KD, load_data, measure, store, train
+from kdlib import KD, Checkpoint, Run, load_data, measure, store, train
 from kdlib.chains import divergence as divergence_module
 from kdlib.chains.divergence import divergence_from_route, logits_of, teacher_of
 from kdlib.engine.plan import validation
@@ -52,10 +52,21 @@ def test_other_images_than_the_teachers_are_refused(tiny):
         divergence_from_route(train([student])[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class TwoTeachers(KD):
+    """The first epoch learns from ``teacher``, all others from ``second``."""
+
+    second: Run
+
+    def teacher_at(self, epoch):
+        return Checkpoint(self.second if epoch else self.teacher, 1)
+
+
 def test_the_teacher_is_that_of_the_last_epoch(tiny):
-    teacher = tiny()
-    assert teacher_of(teacher) is None
-    assert teacher_of(tiny(method=KD(teacher, at=1))) == teacher
+    first, second = tiny(), tiny(seed=1)
+    assert teacher_of(first) is None
+    assert teacher_of(tiny(method=KD(first, at=1))) == first
+    assert teacher_of(tiny(method=TwoTeachers(first, second=second))) == second
 
 
 def test_logits_are_those_of_the_last_network_without_augmentation(tiny, monkeypatch):

@@ -34,11 +34,11 @@ def test_a_waiting_run_begins_as_soon_as_another_ends(tiny, epochs_trained):
 
 
 def test_a_run_that_is_trained_again_keeps_all_that_it_kept(tiny, epochs_trained):
-    train([tiny(save_logits=True)])
+    train([tiny(epochs=3, keep=(1,), save_logits=True)])
     with pytest.warns(UserWarning, match="is trained again"):
-        again = train([tiny(keep=(1,))])[0]
-    assert len(epochs_trained) == 4
-    assert again.summary["logits"].keys() == again.summary["weights"].keys() == {"1", "2"}
+        again = train([tiny(epochs=3, keep=(2,))])[0]
+    assert len(epochs_trained) == 6
+    assert again.summary["logits"].keys() == again.summary["weights"].keys() == {"1", "2", "3"}
 
 
 # --- out of memory --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from helpers import final_weights, flip_a_bit, garble, truncate
 from torch import nn
 
-from kdlib import KD, store, train
+from kdlib import KD, build_model, store, train
 from kdlib.errors import StoreError
 
 damages = pytest.mark.parametrize("damage", [truncate, flip_a_bit, garble])
@@ -69,10 +69,14 @@ def test_a_missing_checkpoint_is_named_and_trained_again_on_request(trained):
     assert_same_weights(train([trained.run], weights=True)[0], trained)
 
 
-def test_the_classifier_of_a_long_head_tells_the_number_of_classes(tiny):
-    """``head.10`` comes after ``head.6``, though not in the order of letters."""
-    run = tiny(model="vgg13-x0.06")
-    assert train([run])[0].model()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+def test_the_last_linear_layer_of_a_checkpoint_has_the_number_of_classes(tiny):
+    """LeNet has three linear layers."""
+    run = tiny(data="mnist", model="lenet")
+    network = build_model("lenet", classes=7, channels=1, seed=0)
+    found = store.save_modules(run, 1, nn.ModuleDict({"student": network}))
+    model, loaded = store.load_checkpoint(run, 1)
+    assert loaded == found
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
 
 
 # --- writing --------------------------------------------------------------------------------------
