@@ -42,7 +42,7 @@ class GreedySearch:
         teacher = next_stage(self.student, None, self.first).method.teacher
         every = range(1, teacher.recipe.epochs + 1)
         allowed = every if self.candidates is None else self.candidates
-        kept = replace(teacher, keep=(*teacher.keep, *allowed, self.first), save_logits=True)
+        kept = replace(teacher, keep=(*teacher.keep, *allowed), save_logits=True)
         method = replace(self.student.method, teacher=kept)
         object.__setattr__(self, "student", replace(self.student, method=method))
 

@@ -40,9 +40,8 @@ def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception
         missing |= found
     missing = found
     for name in _order(graph):
-        failed = [p for p in graph[name].parents if p in failures and name in missing]
-        if failed:
-            failures.setdefault(name, failures[failed[0]])
+        for parent in graph[name].parents & failures.keys():
+            failures.setdefault(name, failures[parent])
     missing -= failures.keys()
     return [n.merged for name, n in graph.items() if name in missing and not n.parents & missing]
 

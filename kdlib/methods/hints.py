@@ -203,16 +203,17 @@ class FSP(OnFeatures):
     def check(self, run):
         models = (run.model, self.teacher.model)
         if not any(MARK in model for model in models):  # whose files are read when they are trained
-            self._compare(*(_widths(model) for model in models))
+            self._compare(run.model, *(_widths(model) for model in models))
 
     def aux_modules(self, student, teacher, x):
-        self._compare(*([f.shape[1] for f in n.features(x)] for n in (student, teacher)))
+        widths = ([f.shape[1] for f in network.features(x)] for network in (student, teacher))
+        self._compare("the student", *widths)
         return {}
 
-    def _compare(self, ours: list[int], theirs: list[int]) -> None:
+    def _compare(self, student: str, ours: list[int], theirs: list[int]) -> None:
         if any(own != other for own, other in zip(ours, theirs, strict=False)):
             raise ValueError(
-                f"FSP needs equal channels: the stem and the stages of the student have {ours} "
+                f"FSP needs equal channels: the stem and the stages of {student} have {ours} "
                 f"channels, those of {self.teacher.model} {theirs}."
             )
 

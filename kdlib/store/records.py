@@ -94,7 +94,7 @@ def find_record(run: Run) -> Trained | None:
     for path in files.own_or_committed(own, f"{run.id}.jsonl"):
         try:
             return _read_record(run, path, in_store=path == own)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(

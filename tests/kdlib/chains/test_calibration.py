@@ -37,7 +37,7 @@ def test_a_run_moves_to_distorted_images_with_all_its_teachers(tiny):
         student.recipe, student.seed, student.images,
     )  # fmt: skip
     assert student.data == teacher.data == "digits"
-    with pytest.raises(ValueError, match="distorted images as it is"):
+    with pytest.raises(ValueError, match="is distorted already"):
         distorted(moved, "+noise0.1")
 
 

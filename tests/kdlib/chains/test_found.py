@@ -74,7 +74,7 @@ def test_the_open_channels_of_every_kept_epoch_can_be_measured():
         assert table.layer.tolist() == [reader.name for reader in whole.gated]
         found = Architecture(MODEL, tuple(zip(table.layer, table.kept, strict=True)))
         assert found == architecture(trained, epoch=epoch) or epoch == 3
-        assert whole.macs(whole.settle(found.is_open)) == macs
+        assert whole.macs(whole.remaining(found.masks)) == macs
     assert len(set(trained.log.macs)) > 1
 
 
@@ -118,7 +118,7 @@ def test_a_search_that_closed_a_whole_layer_has_found_nothing():
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_random_architecture_costs_no_more_than_allowed(share):
     channels = channels_of(TEACHER)
-    macs = round(share * channels.whole)
+    macs = round(share * channels.total_macs)
     found = [random_architecture(MODEL, channels, macs, seed) for seed in range(5)]
     assert found == [random_architecture(MODEL, channels, macs, seed) for seed in range(5)]
     costs = [macs_of(architecture.save()) for architecture in found]
@@ -130,12 +130,12 @@ def test_a_random_architecture_costs_no_more_than_allowed(share):
 def test_a_random_architecture_without_shortcuts_is_never_cut(seed):
     run = replace(TEACHER, model="vgg13-x0.03")
     channels = channels_of(run)
-    found = random_architecture(run.model, channels, round(0.1 * channels.whole), seed)
-    assert channels.macs(channels.settle(found.is_open)) > 0
+    found = random_architecture(run.model, channels, round(0.1 * channels.total_macs), seed)
+    assert channels.macs(channels.remaining(found.masks)) > 0
 
 
 def test_the_cost_of_channels_is_that_for_the_images_of_the_run():
-    assert channels_of(TEACHER).whole == macs_of(MODEL)
+    assert channels_of(TEACHER).total_macs == macs_of(MODEL)
 
 
 # --- the chain ------------------------------------------------------------------------------------

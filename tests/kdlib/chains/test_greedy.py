@@ -247,7 +247,7 @@ def test_a_first_anchor_beyond_the_teachers_end_is_refused(search):
 
 
 def test_a_student_without_a_teacher_is_refused(tiny):
-    with pytest.raises(ValueError, match="no checkpoint to learn from"):
+    with pytest.raises(ValueError, match="does not learn from a checkpoint"):
         GreedySearch(tiny(), first=1)
 
 

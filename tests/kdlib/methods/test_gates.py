@@ -244,7 +244,7 @@ def test_a_held_divergence_is_pushed_up_from_below():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": "hard"}, "'hard', but soft, output, truth"),
+        ({"target": "hard"}, "'hard'. Known: soft, output, truth"),
         ({"budget": 0.0}, "budget"),
         ({"budget": 1.0}, "budget"),
         ({"budget": -0.2}, "budget"),
@@ -263,7 +263,7 @@ def test_a_search_starts_as_its_teacher_and_takes_a_network_that_has_gates():
     search = replace(teacher, method=method, start=teacher)
     assert search.method == method
     for start in (None, replace(teacher, seed=1)):
-        with pytest.raises(ValueError, match="begins as its teacher"):
+        with pytest.raises(ValueError, match="starts as its teacher"):
             replace(teacher, method=method, start=start)
     with pytest.raises(ValueError, match="no gates for a"):
         replace(refused, method=GateSearch(refused, budget=0.5), start=refused)

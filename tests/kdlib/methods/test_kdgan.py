@@ -200,7 +200,7 @@ def test_a_discriminator_gives_a_score_for_every_label_at_any_image_size():
     ],
 )
 def test_a_number_out_of_its_range_is_refused(tiny, change):
-    with pytest.raises(ValueError, match="out of its range"):
+    with pytest.raises(ValueError, match="outside its range"):
         kdgan(tiny(), **change)
 
 

@@ -1,4 +1,4 @@
-"""Accelerated proximal gradient: the updates of gates, in half precision too, and necks."""
+"""Accelerated proximal gradient: the updates of gates, in half precision too, and ranges that keep one gate."""
 
 import numpy as np
 import pytest
@@ -110,12 +110,12 @@ def test_a_gradient_scaler_changes_no_update_and_an_overflow_is_no_step(random, 
     assert all(map(torch.equal, *results))
 
 
-# --- necks ----------------------------------------------------------------------------------------
+# --- ranges that keep one gate ---------------------------------------------------------------------
 
 
 def test_the_last_gate_of_a_neck_stays_and_no_other():
     gates = torch.nn.Parameter(torch.tensor([0.3, 0.5, 0.4, 0.2, 0.1]))
-    optimizer = AcceleratedProximal([gates], torch.full((5,), 10.0), necks=[(0, 3)])
+    optimizer = AcceleratedProximal([gates], torch.full((5,), 10.0), keep_one=[(0, 3)])
     gates.grad = torch.zeros(5)
     for _ in range(3):
         optimizer.step()
@@ -126,13 +126,13 @@ def test_the_last_gate_of_a_neck_stays_and_no_other():
     ("name", "layers"),
     [("densenet-bc-16-4", ["body.1.2", "body.2.2"]), ("resnet8-x0.25", []), ("vgg13-x0.0625", 9)],
 )
-def test_necks_are_the_first_connections_of_layers_without_a_bypass(name, layers):
+def test_the_ranges_are_the_first_connections_of_layers_without_a_bypass(name, layers):
     channels = Channels(build_model(name, classes=10, seed=0), image_size=16)
     begins = np.cumsum([0, *channels.sizes[:-1]]).tolist()
     gated = dict(zip(begins, channels.gated, strict=True))
-    named = [gated[begin].name for begin, _ in channels.necks]
+    named = [gated[begin].name for begin, _ in channels.keep_one]
     assert layers in (named, len(named))
-    for begin, end in channels.necks:
+    for begin, end in channels.keep_one:
         assert end - begin == gated[begin].inputs[0].channels
 
 
@@ -143,7 +143,7 @@ def test_a_network_remains_though_all_layers_of_a_block_close():
     for name in ("body.1.2", "body.2.2"):
         parts[name][-4:] = 0.9  # of the block's last layer
     gates.values.data = torch.tensor(np.concatenate([*parts.values()]))
-    settings = {"necks": gates.channels.necks}
+    settings = {"keep_one": gates.channels.keep_one}
     optimizer = AcceleratedProximal([gates.values], torch.full_like(gates.values, 10), **settings)
     gates.values.grad = torch.zeros_like(gates.values)
     optimizer.step()

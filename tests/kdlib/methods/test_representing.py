@@ -298,7 +298,7 @@ def test_each_stage_of_a_route_gives_its_checkpoint_to_the_posterior(tiny, narro
 
 @pytest.mark.parametrize("name", ["KD", "NST", "KDGAN", "Hint"])
 def test_a_posterior_of_another_teacher_is_refused(narrow, teacher, name):
-    with pytest.raises(ValueError, match="one teacher's") as refusal:
+    with pytest.raises(ValueError, match="have one teacher") as refusal:
         kr(narrow, posterior=POSTERIORS[name](teacher))
     assert str(teacher) in str(refusal.value)
 
@@ -307,15 +307,15 @@ def test_the_posterior_is_checked_and_may_wrap_no_method(tiny, narrow):
     with pytest.raises(ValueError, match="no stage 7"):
         tiny(method=kr(narrow, posterior=Hint(narrow, stage=7)))
     for posterior in (OneStage(KD(narrow), gap=1), kr(narrow)):
-        with pytest.raises(ValueError, match="A posterior is a plain method"):
+        with pytest.raises(ValueError, match="cannot be the posterior"):
             kr(narrow, posterior=posterior)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": "soft"}, "no threshold 'soft'.*learned"),
-        ({"n": 0}, "one layer at least"),
+        ({"threshold": "soft"}, "threshold 'soft'. Known: learned"),
+        ({"n": 0}, "n of at least 1"),
         ({"beta": -0.1}, "below 0"),
         ({"gamma": -0.1}, "below 0"),
         ({"gain": -1.0}, "below 0"),
