@@ -140,14 +140,14 @@ class Method:
     def aux_modules(
         self, student: Staged, teacher: Staged | None, x: Tensor
     ) -> dict[str, nn.Module]:
-        """New modules to train with the student, by name; whole networks are tested as it is.
+        """New modules to train with the student, by name. Whole networks are tested like it.
 
         Called once, under a seeded random state, with a few images ``x``.
         """
         return {}
 
     def optimizers(self, modules: nn.ModuleDict) -> dict[str, SGD | Optimizer]:
-        """Optimizers besides the student's, which updates all modules that they do not.
+        """Further optimizers. The student's updates every module that none of these updates.
 
         An ``Optimizer`` has the name of the module that it updates, and keeps its momentum as
         ``momentum_buffer``.
@@ -155,7 +155,7 @@ class Method:
         return {}
 
     def pretrained(self) -> dict[str, Run]:
-        """By name, runs whose auxiliary module of that name this method uses."""
+        """Modules of other runs that this method uses: their names and those runs."""
         return {}
 
     def composites(
@@ -175,7 +175,7 @@ class Method:
         """Whether the run ends now, before its recipe's last epoch; asked after every epoch.
 
         Given ``within``, whether it may end within so many steps; asked before every epoch. If so,
-        the first question is asked after each step of that epoch.
+        the engine asks the first question after each step of that epoch.
         """
         return False
 
@@ -219,8 +219,7 @@ class Run:
     of a found architecture when the run is trained.
 
     Attributes:
-        data: name for ``load_data``.
-        model: name for ``build_model``.
+        data, model: names for ``load_data`` and ``build_model``.
         images: number of training images, classes in turn; None for all.
         start: begin with the last weights of this run, of the same data and model, and with a new
             optimizer and schedule.

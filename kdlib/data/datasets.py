@@ -157,8 +157,8 @@ def _torchvision(name: str, split: str, fetch: bool = False) -> tuple:
 
     root = files.data_root()
     advice = (
-        f"Download it with `python -m kdlib.data {name}`, copy torchvision's files there, set "
-        f"KDLIB_DATA, or use another data set instead: `./run_all.sh --data {name}=folder:PATH`."
+        f"Download it with `python -m kdlib.data {name}`, copy torchvision's files to {root}, set "
+        f"KDLIB_DATA to their folder, or use `./run_all.sh --data {name}=folder:PATH`."
     )
     try:
         kind = getattr(torchvision.datasets, TORCHVISION[name])
@@ -176,8 +176,8 @@ def _folder(name: str, split: str) -> tuple:
     content = name.rpartition("@")[2]
     if name not in _folders:
         raise DataError(
-            f"The run needs the image folder {display_name(name)!r} (content {content}), and its "
-            f"path is unknown: give it as `folder:PATH`."
+            f"The run needs the image folder {display_name(name)!r} (content {content}); its path "
+            f"is unknown. Call `load_data('folder:PATH')` first, or use `--data NAME=folder:PATH`."
         )
     cache = _folder_cache(_folders[name])
     if not cache["content"].startswith(content):

@@ -20,20 +20,21 @@ class CachePool:
 
     A table that does not fit on a GPU beside its teacher lies in the host's memory. Where the host
     has no room either, the cache keeps nothing and computes every logit again: slower, the same
-    numbers. A cache of a *passing* teacher, hardly any of whose training logits are used twice,
+    numbers. A cache of a *short-lived* teacher, hardly any of whose training logits are used twice,
     keeps nothing either; only the last few of these teachers stay loaded. Caches that no student in
     training needs are removed first.
     """
 
-    # Caches that may stay loaded although they keep nothing: at least this number, and for each
-    # student those of two epochs' teachers, for training and test images.
+    # Caches that may stay loaded although they keep nothing: at least this number, and 4 for each
+    # student, that is 2 epochs times training and test images.
     LOADED = 16
 
     def __init__(self):
         self.caches: dict[tuple, LogitCache] = {}
         self.wanted: set[str] = set()
-        self.passing: set[str] = set()
+        self.short_lived: set[str] = set()
         self.loaded = self.LOADED
+        # The CUDA stream on which teachers run beside the students.
         self.stream: torch.cuda.Stream | None = None
         self._leaving: list[tuple[LogitCache, torch.cuda.Event]] = []
 
@@ -42,7 +43,7 @@ class CachePool:
         if key not in self.caches:
             self.join()  # the teacher that it shares with another may be in use on the stream
             cache = make()
-            if cache.images.views > 1 and key[0] in self.passing:
+            if cache.images.views > 1 and key[0] in self.short_lived:
                 cache.place = None
             elif not self._settle(cache, [cache.device]):
                 self._drop([k for k in self.caches if k[0] not in self.wanted])
@@ -69,12 +70,12 @@ class CachePool:
 
     def _dispensable(self) -> list[tuple]:
         """Caches that cost little to make again, the oldest first."""
-        return [k for k, c in self.caches.items() if c.place is None or k[0] in self.passing]
+        return [k for k, c in self.caches.items() if c.place is None or k[0] in self.short_lived]
 
-    def expect(self, passing: set[str]) -> None:
-        """Set the passing teachers, by fingerprint. Call it while nothing runs on the stream."""
-        self.caches = {k: c for k, c in self.caches.items() if k[0] not in self.passing}
-        self.passing = passing
+    def expect(self, short_lived: set[str]) -> None:
+        """Set the short-lived teachers, by fingerprint, while nothing runs on ``stream``."""
+        self.caches = {k: c for k, c in self.caches.items() if k[0] not in self.short_lived}
+        self.short_lived = short_lived
 
     def serve(self, students: int, teachers: set[str]) -> None:
         """Set the number of students in training, and the teachers whose logits they need."""

@@ -11,7 +11,7 @@ from kdlib.data import Images
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.plan import validation
 
-# Images in one chunk: as many as fit a CPU's cache, or fill a GPU.
+# Images in one chunk: as many as fit the cache of a CPU, or fill a GPU.
 CHUNK = {"cpu": 128, "cuda": 2000}
 
 Classifier = Callable[[Tensor], Tensor]
@@ -19,9 +19,9 @@ Classifier = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def evaluate(
-    classifiers: Mapping[str, Classifier], images: Images, teacher: LogitCache | None
+    classifiers: Mapping[str, Classifier], images: Images, cache: LogitCache | None
 ) -> dict[str, float]:
-    """Test accuracy in %, mean cross-entropy and, given a teacher, mean KL to it at τ = 1.
+    """Test accuracy in %, mean cross-entropy and, given a teacher's logits, mean KL to it at τ = 1.
 
     Names are ``test_top1``, ``test_ce`` and ``test_kl`` for the classifier ``student``, and
     ``test_<name>_top1`` and so on for the others.
@@ -29,7 +29,7 @@ def evaluate(
     device = images.device
     sums = torch.zeros(len(classifiers), 3, device=device)
     chunk = CHUNK[device.type]
-    # The cache looks up its images on the host.
+    # The logit cache looks up its images on the host.
     everywhere = (torch.arange(len(images), device=place) for place in (device, "cpu"))
     for index, on_host in zip(*(i.split(chunk) for i in everywhere), strict=True):
         x, labels = images.batch(index), images.labels[index]
@@ -37,14 +37,14 @@ def evaluate(
             logits = classifier(x)
             total[0] += (logits.argmax(1) == labels).sum()
             total[1] += F.cross_entropy(logits, labels, reduction="sum")
-            if teacher:
-                taught = teacher.logits(on_host, torch.full_like(on_host, images.centre))
+            if cache:
+                taught = cache.logits(on_host, torch.full_like(on_host, images.centre))
                 total[2] += len(index) * losses.kd(logits, taught.float(), temperature=1)
     row = {}
     for name, (top1, ce, kl) in zip(classifiers, (sums / len(images)).tolist(), strict=True):
         prefix = "test" if name == "student" else f"test_{name}"
         row |= {f"{prefix}_top1": 100 * top1, f"{prefix}_ce": ce}
-        row |= {f"{prefix}_kl": kl} if teacher else {}
+        row |= {f"{prefix}_kl": kl} if cache else {}
     return row
 
 

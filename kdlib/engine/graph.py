@@ -13,7 +13,7 @@ from kdlib.runs import Checkpoint, Run
 def ancestry(runs: Iterable[Run]) -> list[Run]:
     """These runs and all that they learn or start from, each once, parents first.
 
-    Each run keeps the checkpoints and the logits that any mention of it asks for, and the
+    Each run keeps the checkpoints and the logits that any declaration of it asks for, and the
     checkpoints that its children need.
     """
     graph = _walk(runs)
@@ -25,7 +25,8 @@ def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception
 
     Args:
         weights: as for ``train``; of the parents of an incomplete run weights are always needed.
-        failures: errors of runs that cannot be trained, by id; their children are added.
+        failures: errors of runs that cannot be trained, by id. The runs that depend on them are
+            added.
     """
     runs, missing = list(runs), set()
     while True:
@@ -48,7 +49,7 @@ def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception
 
 @dataclass
 class _Node:
-    """A run of the graph: one mention of it, its edges, and the wishes of all mentions."""
+    """A run of the graph: its edges, and all that any declaration of it asks to keep."""
 
     run: Run
     keep: set[int] = field(default_factory=set)
@@ -66,7 +67,8 @@ def _walk(
 ) -> dict[str, _Node]:
     """The graph of these runs by id, with the parents of those where ``descends`` holds.
 
-    Mentions of one run may wish for different checkpoints, of its teachers too: all count.
+    A run may be declared several times, each with other checkpoints to keep, of its teachers too.
+    All are kept.
     """
     graph: dict[str, _Node] = {}
     visited: set[int] = set()
@@ -147,7 +149,7 @@ def _is_kept(run: Run, trained: store.Trained) -> bool:
 
 
 def refuse_repetition(run: Run) -> None:
-    """Raise StoreError where a run that was just trained would only be trained again and again."""
+    """Raise StoreError if a run that was just trained is incomplete: training would not end."""
     parents = by_run(run.parents).items()
     needed = [replace(parent, keep=(*parent.keep, *epochs)) for parent, epochs in parents]
     lost = [parent for parent in needed if not is_complete(parent, weights=True)]

@@ -19,8 +19,8 @@ from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
 
 TARGETS = ("soft", "output", "truth")
-# The search may reach its budget within an epoch if the gates would reach it after this many times
-# the decrease by the penalty alone.
+# An epoch is watched step by step if this many times the decrease of the gates by the penalty alone
+# would reach the budget.
 REACH = 2
 
 

@@ -56,7 +56,7 @@ def test_a_table_that_does_not_fit_beside_its_teacher_lies_in_the_hosts_memory(
         assert CachePool().get(("a",), lambda: cache).place == place
 
 
-def test_caches_of_passing_teachers_keep_no_training_logits(make_cache):
+def test_caches_of_short_lived_teachers_keep_no_training_logits(make_cache):
     pool = CachePool()
     pool.get(("a",), make_cache)
     pool.expect(passing={"a", "b"})
@@ -67,7 +67,7 @@ def test_caches_of_passing_teachers_keep_no_training_logits(make_cache):
 
 
 @pytest.mark.parametrize(("students", "loaded"), [(1, 16), (5, 20)])
-def test_only_the_last_few_passing_teachers_stay_loaded(make_cache, students, loaded):
+def test_only_the_last_few_short_lived_teachers_stay_loaded(make_cache, students, loaded):
     pool = CachePool()
     pool.expect({str(k) for k in range(25)})
     pool.serve(students, set())

@@ -180,12 +180,12 @@ def train_caches():
     return [cache.place is not None for key, cache in CACHES.caches.items() if key[2] == "train"]
 
 
-def test_logits_of_a_passing_teacher_are_not_kept_and_no_result_changes(
+def test_logits_of_a_short_lived_teacher_are_not_kept_and_no_result_changes(
     tiny, elsewhere, monkeypatch
 ):
     run = tiny(epochs=3, method=OneStage(KD(tiny(epochs=3)), gap=1))
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "WORTH", -1.0)  # then no teacher is passing
+        patch.setattr(train_module, "WORTH", -1.0)  # then no teacher is short-lived
         seen, clear = [], CACHES.clear
         patch.setattr(CACHES, "clear", lambda: (seen.extend(train_caches()), clear()))
         (kept,) = elsewhere(run)
@@ -224,12 +224,12 @@ def test_students_share_the_logits_of_teachers_of_one_epoch(tiny, computed_logit
     assert max(computed.values()) <= 128 + 24
 
 
-def test_only_a_few_passing_teachers_stay_loaded(tiny):
+def test_only_a_few_short_lived_teachers_stay_loaded(tiny):
     train([tiny(epochs=12, method=OneStage(KD(tiny(epochs=12)), gap=1))])
     assert len(CACHES.caches) == CACHES.LOADED
 
 
-def test_logits_of_a_formerly_passing_teacher_are_kept_for_many_students(tiny, computed_logits):
+def test_logits_of_a_formerly_short_lived_teacher_are_kept_for_many_students(tiny, computed_logits):
     teacher = tiny()
     train([tiny(method=KD(teacher))])
     computed_logits.clear()

@@ -254,10 +254,10 @@ def test_a_paraphraser_of_another_teacher_or_epoch_is_refused(tiny, teacher, par
     ]
     for other in others:
         with pytest.raises(
-            ValueError, match=r"is not a paraphraser of .*paraphrase\(teacher, recipe\)"
+            ValueError, match=r"not a paraphraser of .*paraphrase\(teacher, recipe\)"
         ):
             FactorTransfer(teacher, paraphraser=other)
-    with pytest.raises(ValueError, match="is not a paraphraser of epoch 1 of"):
+    with pytest.raises(ValueError, match=r"not a paraphraser of .*, epoch 1"):
         FactorTransfer(teacher, at=1, paraphraser=paraphraser)
 
 

@@ -1,4 +1,4 @@
-"""Accelerated proximal gradient: the updates of gates, in half precision too, and ranges that keep one gate."""
+"""Accelerated proximal gradient: updates, half precision, ranges that keep one gate."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def test_a_gradient_scaler_changes_no_update_and_an_overflow_is_no_step(random, 
     assert all(map(torch.equal, *results))
 
 
-# --- ranges that keep one gate ---------------------------------------------------------------------
+# --- ranges that keep one gate -------------------------------------------------------------------
 
 
 def test_the_last_gate_of_a_neck_stays_and_no_other():
