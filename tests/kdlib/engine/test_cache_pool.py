@@ -59,10 +59,10 @@ def test_a_table_that_does_not_fit_beside_its_teacher_lies_in_the_hosts_memory(
 def test_caches_of_short_lived_teachers_keep_no_training_logits(make_cache):
     pool = CachePool()
     pool.get(("a",), make_cache)
-    pool.expect(passing={"a", "b"})
+    pool.expect(short_lived={"a", "b"})
     caches = [pool.get((name,), make_cache) for name in "ab"]
     assert [cache.place for cache in caches] == [HOST, None]  # made before, made after
-    pool.expect(passing=set())
+    pool.expect(short_lived=set())
     assert not pool.caches
 
 
