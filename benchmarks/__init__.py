@@ -186,8 +186,8 @@ def fill_readme(out: Path) -> None:
         if program in MAIN:
             where = os.path.relpath(out, HERE)
             # The picture shows the same as the table.
-            short = [head, parts[-1].replace("](", f"]({where}/")]
-            main += short if len(parts) > 2 else parts
+            brief = [head, parts[-1].replace("](", f"]({where}/")]
+            main += brief if len(parts) > 2 else parts
     (out / "README.md").write_text("\n\n".join(everything) + "\n")
     readme = HERE / "README.md"
     before, _, after = readme.read_text().split(MARKER)

@@ -1,4 +1,4 @@
-"""The loop the field uses: a PIL pipeline, and distillation with the teacher in every step."""
+"""The usual PyTorch loop: a PIL pipeline, and distillation with the teacher in every step."""
 
 from collections.abc import Iterator
 from functools import partial

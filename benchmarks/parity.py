@@ -1,6 +1,6 @@
-"""Test accuracy of kdlib and of the loop the field uses, after the same number of epochs.
+"""Test accuracy of kdlib and of the usual PyTorch loop, after the same number of epochs.
 
-P0, the loop the field uses, and kdlib train the same student with the same initial weights, recipe,
+P0, the usual PyTorch loop, and kdlib train the same student with the same initial weights, recipe,
 teacher and images. Each draws its own crops and flips. There is one student per seed. kdlib trains
 the one teacher of all students. "kdlib − P0" is the difference of the test accuracies of one seed,
 in percentage points. Its 95 % t-interval should contain zero.

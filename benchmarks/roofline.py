@@ -12,8 +12,8 @@ that a processor cache kept data that the count moves through memory, or that a 
 counted multiplications by padding. For 3x3 convolutions on 4x4 images these are three in ten.
 
 - students: a step of a kdlib Trainer with cross-entropy, with batch and update. On a GPU it is the
-  replayed graph, with compiled kernels if kdlib compiles. The time per kernel is that of a graph
-  node on a GPU, and that of an operation called by the host on a CPU.
+  replayed CUDA graph, with compiled kernels if kdlib compiles. The time per kernel is that of a
+  node of a CUDA graph on a GPU, and that of an operation called by the host on a CPU.
 - teachers: forward passes for the cache of logits, with folded batch norms.
 
 Networks take turns. The limiting part is beside each share. The CSV also has the counted work of a

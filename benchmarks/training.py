@@ -1,6 +1,6 @@
-"""Speed of distillation steps in kdlib and in the loop the field uses, in images/s.
+"""Speed of distillation steps in kdlib and in the usual PyTorch loop, in images/s.
 
-- P0: the loop the field uses. torchvision's transforms on PIL images, a DataLoader (2 workers on a
+- P0: the usual PyTorch loop. torchvision's transforms on PIL images, a DataLoader (2 workers on a
   CPU, 8 with a GPU), float32, the teacher and ``.item()`` in every step.
 - P0m, on a CPU: P0 with one setting of kdlib that helps any loop. glibc keeps large freed blocks
   instead of returning them to the system, so a layer need not map its memory again.

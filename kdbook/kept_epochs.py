@@ -14,6 +14,6 @@ FOLLOWED = {
     ("densenet-bc-100-12", GateSearch): range(5, 301, 5),  # the search, Figure 5
 }
 
-# A teacher with a route keeps these epochs even if `--keep-route` thins the route. They are all
-# fixed anchors of RCO but the anchors of M_gap = 1, 2 and 4.
+# A teacher with a route always keeps these epochs, also with `--keep-route`. RCO's fixed strategies
+# have no other anchors, except for the anchor intervals (M_gap) of 1, 2 and 4 epochs.
 RCO_ANCHORS = tuple(range(10, 250, 10))

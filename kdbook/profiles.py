@@ -1,7 +1,8 @@
 """Profiles: what is smaller than in the papers, one table each.
 
 A notebook states the paper's own quantities. The profile maps them to the quantities that run. No
-notebook asks which profile it runs in.
+notebook asks which profile it runs in. A route is a teacher's checkpoints along its training, and
+its logits.
 """
 
 import os
@@ -118,7 +119,7 @@ class Profile:
         return tuple(sorted({e for e in map(self.scale_epochs, kept) if e <= recipe.epochs}))
 
     def has_anchor_gap(self, gap: int) -> bool:
-        """Whether a route keeps an anchor every ``gap`` epochs of the paper."""
+        """Whether a route keeps the anchors of the anchor interval ``gap``, in paper epochs."""
         return gap % self.keep_route == 0 or gap in RCO_ANCHORS
 
     def run(
@@ -203,8 +204,8 @@ PROFILES = {
         name="smoke",
         epoch_scale=1 / 20,
         seeds=(0, 1),
-        description="digits 8x8, small networks, a twentieth of the epochs: a test of the code, "
-        "no evidence",
+        description="digits, a twentieth of the epochs (KR: a tenth), at most 1,000 training "
+        "images; no evidence",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
         images=1000,
@@ -216,7 +217,7 @@ PROFILES = {
         name="course",
         epoch_scale=1 / 10,
         seeds=(0, 1, 2),
-        description="CIFAR, a tenth of the epochs: for one GPU of the T4 class",
+        description="CIFAR and MNIST, a tenth of the epochs: for one GPU of the T4 class",
         models={"resnet50": "resnet50-x0.5"},
     ),
     "paper": Profile(

@@ -1,6 +1,6 @@
 """The text of a claim, of its numbers and of its verdict, for tables and pages.
 
-A verdict here is a ``Verdict`` or a row of a table of verdicts.
+The argument ``verdict`` is a ``Verdict``, or a row of a table of verdicts.
 """
 
 import pandas as pd
@@ -34,7 +34,10 @@ def verdict_text(verdict) -> str:
 
 
 def estimate_text(verdict) -> str:
-    """The estimate with its interval; a value is the difference from the paper's value."""
+    """The estimate with its interval.
+
+    For a claim on a value the estimate is our value minus the paper's value.
+    """
     if pd.isna(verdict.estimate):
         return ""
     text = f"{verdict.estimate:+.3g}"
@@ -44,7 +47,7 @@ def estimate_text(verdict) -> str:
 
 
 def own_text(verdict) -> str:
-    """Our own number with its interval; a value is the value itself."""
+    """Our number with its interval: for a claim on a value our value, otherwise the estimate."""
     if pd.isna(verdict.estimate):
         return ""
     shift = verdict.paper if verdict.kind == "value" else 0.0

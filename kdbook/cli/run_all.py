@@ -30,10 +30,11 @@ examples:
   ./run_all.sh                            the whole book on the data set digits
   ./run_all.sh --list                     all notebooks with exhibit and expected time
   ./run_all.sh --only rco/table1          one exhibit
-  ./run_all.sh --profile course           on CIFAR; these two commands download it first:
+  ./run_all.sh --profile course           on CIFAR and MNIST; three commands download them first:
                                             python -m kdlib.data cifar10
                                             python -m kdlib.data cifar100
-  ./run_all.sh --data cifar100=folder:~/photos
+                                            python -m kdlib.data mnist
+  ./run_all.sh --profile course --data cifar100=folder:~/photos
                                           your own images in place of CIFAR-100; the folder has
                                           {{train,test}}/<class>/*.png or .jpg
 
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    profiles = "\n".join(f"  {name:8}{p.description}" for name, p in PROFILES.items())
+    profiles = "\n".join(f"  {name:7}{p.description}" for name, p in PROFILES.items())
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
         description=DESCRIPTION,
@@ -122,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-route": {
             "type": positive, "metavar": "N",
             "help": "save disk space: of a teacher whose checkpoints RCO uses, keep only every "
-            "N-th and every tenth epoch (default: 1, all epochs). Table 6 then lacks some gaps, "
+            "N-th and every tenth epoch (default: 1, all epochs). Table 6 then lacks some "
+            "anchor intervals, "
             "and greedy search has fewer anchors to choose from. Results go to a separate folder",
         },
         "--list": {
@@ -236,14 +238,15 @@ def dry_run(command: list[str], data: dict[str, str]) -> int:
         print("Nothing to do: every notebook is up to date.")
     print(f"""
 The full cost of each profile, from an empty store. Each run is counted once. A greedy search is
-counted as four stages, but it can take eight. An epoch is one pass over the training images. Peer
-epochs train a second network together with the student. Teacher passes are forward passes of the
-teachers over the training images, first without and then with the cache of their logits.
+counted as four training stages, but it can take eight. An epoch is one pass over the training
+images. Peer epochs train a second network together with the student. Teacher passes are forward
+passes of the teachers over the training images, first without and then with the cache of their
+logits.
 
 {table(PROFILES, data)}
 
-A route is the set of checkpoints of one teacher. Routes need most of the disk space; the option
---keep-route reduces it.""")
+A route is a teacher's checkpoints along its training, and its logits. Routes need most of the disk
+space; the option --keep-route reduces it.""")
     return 0
 
 
