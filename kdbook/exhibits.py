@@ -17,6 +17,7 @@ from kdbook import figures, provenance, wording
 from kdbook.claims import Verdict, all_claims, as_table, interval, judge, paper_cells, published
 from kdbook.profiles import Profile
 from kdlib import files, store
+from kdlib.engine.graph import ancestry
 from kdlib.errors import UnknownName
 from kdlib.store import Trained
 
@@ -94,11 +95,10 @@ class Exhibit:
 
     def add_runs(self, *results: Trained) -> None:
         """Add runs and all their teachers to the provenance of this exhibit."""
-        for trained in results:
-            self.used[trained.run.id] = trained
-            for teacher, _ in trained.run.parents:
-                if teacher.id not in self.used and (record := store.find_record(teacher)):
-                    self.add_runs(record)
+        self.used |= {trained.run.id: trained for trained in results}
+        for run in ancestry(trained.run for trained in results):
+            if run.id not in self.used and (record := store.find_record(run)):
+                self.used[run.id] = record
 
     # --- showing ----------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ def of_runs(results: Collection[Trained]) -> dict:
         "runs": sorted(run.id for run in runs),
         "seeds": sorted({run.seed for run in runs}),
         "data": ", ".join(sorted({display_name(run.data) for run in runs})),
-        "data_sets": sorted({run.data for run in runs}),
+        "data_sets": sorted({run.dataset for run in runs}),
         "device": ", ".join(sorted({e["device"] for e in environments})) or "none needed",
         "training_seconds": round(sum(t.summary["seconds"] for t in results), 1),
         "peak_memory_mb": max((e["peak_memory_mb"] for e in environments), default=0),

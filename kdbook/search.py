@@ -25,12 +25,12 @@ from kdlib.store import Trained
 
 # Factors on the strength and the rate of the gates, by profile. Gates must close in fewer steps in
 # a shorter profile.
-GATE_FACTORS = {"smoke": (250, 5), "course": (3, 3)}
+GATE_FACTORS = {"smoke": (250, 5), "course": (3, 3), "paper": (1, 1)}
 
 
 def gate_settings(profile: Profile, strength: float, rate: float) -> dict[str, float]:
     """The paper's λ₂ and η in this profile, as settings of ``GateSearch``."""
-    on_strength, on_rate = GATE_FACTORS.get(profile.name, (1, 1))
+    on_strength, on_rate = GATE_FACTORS[profile.name]
     return {"strength": strength * on_strength, "rate": rate * on_rate}
 
 

@@ -1,4 +1,4 @@
-"""kdlib: training kernels for knowledge distillation, and the bookkeeping of their runs."""
+"""kdlib: training code for knowledge distillation, and the records of its runs."""
 
 from kdlib import chains, data, engine, losses, methods, models, store
 from kdlib.chains import Calibration, FoundStudent, GreedySearch, OnDistorted, RandomStudent

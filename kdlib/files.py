@@ -41,8 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write; on leaving, it is synced and takes the place of ``path``.
 
     Raises:
-        StoreError: the folder cannot be written or the disk is full; what stood at ``path`` before
-            still stands there.
+        StoreError: the folder cannot be written or the disk is full. The old content of ``path``
+            is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -51,17 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except SafetensorError as error:  # its word for what the system refuses
+    except (SafetensorError, OSError) as error:  # safetensors reports a full disk by its own error
+        forbidden = getattr(error, "errno", None) not in (None, errno.ENOSPC, errno.EDQUOT)
+        advice = "make the folder writable" if forbidden else "free some space there"
         raise StoreError(
-            f"Cannot write {path}: {error}. Nothing that stood there is lost: free some space "
-            f"there, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS (results)."
-        ) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space there" if full else "make the folder writable"
-        raise StoreError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing that stood there is lost: "
-            f"{advice}, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS (results)."
+            f"Cannot write {path}: {getattr(error, 'strerror', None) or error}. The old content is "
+            f"not lost: {advice}, or name another folder with KDLIB_HOME (runs) or KDLIB_RESULTS "
+            f"(results)."
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -245,7 +245,7 @@ class Run:
     _named: tuple[str, str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
-        check_name(self.data)
+        object.__setattr__(self, "data", check_name(self.data))
         check_model(self.model)
         # index refuses 1.5, and makes Python's integers of numpy's
         object.__setattr__(self, "keep", tuple(sorted({index(epoch) for epoch in self.keep})))
@@ -253,11 +253,13 @@ class Run:
         if beyond := [e for e in self.keep if not 1 <= e <= self.recipe.epochs]:
             raise ValueError(f"Epochs {beyond} to keep are not within {self.recipe.epochs} epochs.")
         if not self.method.standalone and self.save_logits:
-            raise ValueError(f"The student of {self} needs auxiliary modules: it saves no logits.")
-        if self.start and not self.start.method.standalone:
-            raise ValueError(f"No run starts from {self.start}: it needs auxiliary modules.")
-        if self.start and (self.start.data, self.start.model) != (self.data, self.model):
-            raise ValueError(f"A {self.model} on {self.data} cannot start from {self.start}.")
+            raise ValueError(f"A {self.model} that needs auxiliary modules saves no logits.")
+        if (start := self.start) and not start.method.standalone:
+            raise ValueError(f"No run starts from a {start.model} that needs auxiliary modules.")
+        if start and (start.data, start.model) != (self.data, self.model):
+            raise ValueError(
+                f"start is no {self.model} on {self.data}: {start.model}, {start.data}"
+            )
 
     @property
     def dataset(self) -> str:

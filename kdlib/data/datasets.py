@@ -69,11 +69,14 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
     return _load(canonical_name(name), split, str(torch.device(device)))
 
 
-def check_name(name: str) -> None:
-    """Raise UnknownName for an unknown data set; no file is read, and no folder is looked for."""
-    base, _ = split_name(name)
-    if base not in KINDS and not base.startswith("folder:") and "@" not in base:
+def check_name(name: str) -> str:
+    """The name, with an absolute path to a folder; no file is read. Raises UnknownName."""
+    base, distortion = split_name(name)
+    if base.startswith("folder:"):
+        base = "folder:" + os.path.abspath(os.path.expanduser(base.removeprefix("folder:")))
+    elif base not in KINDS and "@" not in base:
         raise UnknownName("data set", name, [*KINDS, "folder:<path>"])
+    return base + distortion
 
 
 def canonical_name(name: str) -> str:
@@ -82,10 +85,9 @@ def canonical_name(name: str) -> str:
     The ids of runs contain this name, so it does not contain the path. Reads the folder, and
     raises the errors of ``load_data``.
     """
-    check_name(name)
-    base, distortion = split_name(name)
+    base, distortion = split_name(check_name(name))
     if base.startswith("folder:"):
-        folder = Path(base.removeprefix("folder:")).expanduser().resolve()
+        folder = Path(base.removeprefix("folder:")).resolve()
         base = f"{folder.name}@{_folder_cache(folder)['content'][:12]}"
         _folders[base] = folder
     return base + distortion

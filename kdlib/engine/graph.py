@@ -34,7 +34,7 @@ def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception
         found = {
             name
             for name, node in graph.items()
-            if not _complete(node.merged, weights or bool(node.children & missing), known)
+            if not is_complete(node.merged, weights or bool(node.children & missing), known)
         }
         if found <= missing:
             break
@@ -81,11 +81,11 @@ def _walk(
         if id(run) in visited or not descends(run.id):
             continue
         visited.add(id(run))
-        for parent, epochs in by_run(run.parents).items():
+        for parent, epoch in run.parents:
             node.parents.add(parent.id)
             above = graph.setdefault(parent.id, _Node(parent))
             above.children.add(run.id)
-            above.keep.update(epochs)
+            above.keep.add(epoch)
             pending.append(parent)
     return graph
 
@@ -102,19 +102,17 @@ def by_run(checkpoints: Iterable[Checkpoint]) -> dict[Run, set[int]]:
     return epochs
 
 
-def is_complete(run: Run, weights: bool) -> bool:
+def is_complete(run: Run, weights: bool, known: dict[tuple, bool] | None = None) -> bool:
     """Whether nothing is left to do for a run.
 
     There is a record, and the teachers have the weights that it names. A record alone is enough
     where weights are not needed, as in a clone without a store. Where the store has the run, all
     checkpoints that it is asked to keep must be there.
+
+    Args:
+        known: answers for other runs, since many students have one teacher.
     """
-    return _complete(run, weights, {})
-
-
-def _complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
-    """``known`` holds the answers of one pass, since many students have one teacher."""
-    key = (run.id, run.keep, run.save_logits, weights)
+    known, key = {} if known is None else known, (run.id, run.keep, run.save_logits, weights)
     if key not in known:
         known[key] = _is_complete(run, weights, known)
     return known[key]
@@ -129,7 +127,7 @@ def _is_complete(run: Run, weights: bool, known: dict[tuple, bool]) -> bool:
     for teacher, epochs in by_run(run.parents).items():
         if (record := store.find_record(teacher)) is None:
             continue
-        if not _complete(teacher, False, known):
+        if not is_complete(teacher, False, known):
             return False
         now, before = record.summary["weights"], trained.summary["teachers"]
         if any(now.get(str(e)) != before.get(f"{teacher.id}@{e}") for e in epochs):

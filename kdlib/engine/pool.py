@@ -43,9 +43,8 @@ def asked_parallel(parallel: int | None, device: torch.device) -> int:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in NO_MEMORY)
+    named = isinstance(error, torch.OutOfMemoryError)
+    return named or any(words in str(error) for words in NO_MEMORY)
 
 
 class TrainerPool:
@@ -202,6 +201,7 @@ class TrainerPool:
         finally:
             self.active.clear()
             self.waiting.clear()
+            self.images = self.test = None  # their memory may be needed for other data
             for lock in self.locks.values():
                 lock.close()
             self.locks.clear()

@@ -20,7 +20,8 @@ class Progress:
     """
 
     def __init__(self, epochs: int):
-        self.style = os.environ.get("KDLIB_PROGRESS") or _default_style()
+        people = "ipykernel" in sys.modules or sys.stderr.isatty()
+        self.style = os.environ.get("KDLIB_PROGRESS") or ("bar" if people else "lines")
         self.bar = _bar(epochs, disable=self.style != "bar" or not epochs)
         self.started = time.monotonic()
         self.reached: dict[str, int] = {}  # epochs of each run that are done
@@ -70,10 +71,6 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _default_style() -> str:
-    return "bar" if "ipykernel" in sys.modules or sys.stderr.isatty() else "lines"
 
 
 def _bar(total: int, disable: bool) -> tqdm:

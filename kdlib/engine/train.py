@@ -75,10 +75,10 @@ def train(
     device = pick_device(device)
     session = _Session(device, asked_parallel(parallel, device))
     prepare(device)
-    runs, missing = session.follow(list(runs), weights)
+    runs, unfound = session.follow(list(runs), weights)
     session.ensure(runs, weights)
-    session.report(missing, partial)
-    failed = {*missing, *(k for k, run in enumerate(runs) if run.id in session.failures)}
+    session.report(unfound, partial)
+    failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
 
 
@@ -99,32 +99,32 @@ class _Session:
         """Follow all chains to their ends: the last runs, and errors of chains by their place."""
         chains = {k: item for k, item in enumerate(items) if not isinstance(item, Run)}
         runs = [item.next_run(None) if k in chains else item for k, item in enumerate(items)]
-        missing: dict[int, NothingFound] = {}
+        unfound: dict[int, NothingFound] = {}
         while chains:
             self.ensure(runs, weights)
-            for k, following in [*chains.items()]:
+            for k, run_chain in [*chains.items()]:
                 after = None
                 if runs[k].id not in self.failures:
                     try:
-                        after = self._next_run(following, runs[k])
+                        after = self._next_run(run_chain, runs[k])
                     except NothingFound as error:
-                        missing[k] = error
+                        unfound[k] = error
                 if after:
                     runs[k] = after
                 else:
                     del chains[k]
-        return runs, missing
+        return runs, unfound
 
-    def _next_run(self, following: RunChain, run: Run) -> Run | None:
+    def _next_run(self, run_chain: RunChain, run: Run) -> Run | None:
         before = store.find_record(run)
         try:
-            return following.next_run(before)
+            return run_chain.next_run(before)
         except StoreError:  # a clone with records alone: train the runs that the chain needs
-            self.ensure([run, *following.needs(run)], weights=True)
+            self.ensure([run, *run_chain.needs(run)], weights=True)
         after = store.find_record(run)
         unchanged = all(before.summary[k] == after.summary[k] for k in ("weights", "teachers"))
         # Other weights may lead to other choices, from the first on.
-        return following.next_run(after if unchanged else None)
+        return run_chain.next_run(after if unchanged else None)
 
     def ensure(self, runs: list[Run], weights: bool) -> None:
         """Train all of these runs that are incomplete, level by level, teachers first.
@@ -156,9 +156,9 @@ class _Session:
         finally:
             progress.close()
 
-    def report(self, missing: Mapping[int, NothingFound], partial: bool) -> None:
+    def report(self, unfound: Mapping[int, NothingFound], partial: bool) -> None:
         """Raise or warn of what failed, when all other runs are trained."""
-        errors = [*{str(e): e for e in [*self.failures.values(), *missing.values()]}.values()]
+        errors = [*{str(e): e for e in [*self.failures.values(), *unfound.values()]}.values()]
         if errors and not partial:
             for other in errors[1:]:
                 errors[0].add_note(str(other))

@@ -81,7 +81,9 @@ class GateSearch(FromTeacher):
 
     def check(self, run):
         if run.start != self.teacher or self.teacher_epoch != self.teacher.recipe.epochs:
-            raise ValueError(f"A search starts as its teacher: give {run} start={self.teacher}.")
+            raise ValueError(
+                f"A search starts as its teacher: set start={self.teacher} of the run."
+            )
         _refuse_without_gates(run.model)
 
     def aux_modules(self, student, teacher, x):

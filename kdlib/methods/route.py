@@ -20,7 +20,7 @@ class OneStage(Wrapper):
 
     Attributes:
         method: how to learn from each checkpoint, such as ``KD(teacher)``.
-        gap: M_gap, in epochs.
+        gap: M_gap, the interval of the anchors, in epochs.
 
     Raises ValueError for a gap that is not a whole number of at least 1.
     """

@@ -1,7 +1,7 @@
 """Networks that compute in half precision on a GPU and return float32."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -48,6 +48,8 @@ class AutocastNetwork:
         return self._run("__call__", x)
 
     def __getattr__(self, name: str) -> Callable:
+        if name in ("named_parameters", "get_submodule"):
+            return getattr(self.network, name)
         if name not in self.METHODS:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return partial(self._run, name)
@@ -55,12 +57,6 @@ class AutocastNetwork:
     def with_weights(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The network's output with these tensors in place of its parameters of the same names."""
         return self._run("with_weights", weights, x)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.network.named_parameters()
-
-    def get_submodule(self, name: str) -> nn.Module:
-        return self.network.get_submodule(name)
 
     def _run(self, name: str, *arguments):
         if name not in self._prepared:

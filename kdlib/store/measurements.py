@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING
 
 from kdlib import files
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Names of the measurement files that this process has read or written, by the id of their run.
 _used: dict[str, set[str]] = defaultdict(set)
+# The code of every function that was measured in this process, by name and version.
+_measured: dict[tuple[str, int], CodeType] = {}
 
 
 def measure(
@@ -27,17 +30,25 @@ def measure(
     """``fn(trained, **options)``, a small table, computed once and kept beside the run's record.
 
     The key is the function's name and its ``version`` (an attribute, 1 where there is none), the
-    options, and the last weights of the run and of its teachers. Who changes the result of a
-    function must raise its version.
+    options, and the last weights of the run and of its teachers. If you change the result of a
+    function, raise its version.
 
     Args:
         trained: one run; or several for ``fn(first, second, …, **options)``, whose table is kept
             beside the first.
         options: plain JSON.
+
+    Raises ValueError for a lambda, and for two functions with one name and version.
     """
     several = [trained] if isinstance(trained, Trained) else list(trained)
     first = several[0].run
-    name = measurement_name(several, fn.__name__, getattr(fn, "version", 1), options)
+    key = (getattr(fn, "__name__", "<lambda>"), getattr(fn, "version", 1))
+    if key[0] == "<lambda>" or _measured.setdefault(key, fn.__code__) != fn.__code__:
+        raise ValueError(
+            f"Version {key[1]} of {key[0]} names no measurement, or another one. Give the function "
+            f"a name of its own, or a new number as its attribute `version`."
+        )
+    name = measurement_name(several, *key, options)
     own = folder(first) / name
     _used[first.id].add(name)
     for path in files.own_or_committed(own, f"{first.id}.{name}"):
@@ -77,5 +88,4 @@ def copy_record(trained: Trained, destination: Path) -> None:
 def _read_table(text: str) -> pd.DataFrame:
     import pandas as pd  # training needs no pandas
 
-    content = json.loads(text)
-    return pd.DataFrame(content["data"], columns=content["columns"])
+    return pd.DataFrame(**json.loads(text))

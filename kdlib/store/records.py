@@ -98,7 +98,8 @@ def find_record(run: Run) -> Trained | None:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(
-                f"{path} is damaged ({error}) and is ignored; {run} is trained again.",
+                f"{path} is damaged ({error}) and is ignored; {run} is trained again unless there "
+                f"is another copy.",
                 stacklevel=2,
             )
     return None
