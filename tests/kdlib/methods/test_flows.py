@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from by_hand import (
-    WITH_KD,
-    assert_same_with_gradients,
-    on_logits,
-    stage_outputs,
-    to_one_size,
-)
+from by_hand import WITH_KD, assert_same_with_gradients, on_logits, stage_outputs, to_one_size
 from helpers import step_in_float64
 from torch.nn import functional as F
 

@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from by_hand import (
-    SECOND_RECIPE,
-    assert_same_weights,
-    evaluation,
-    first_student,
-    kl,
-    train_by_hand,
-)
+from by_hand import SECOND_RECIPE, assert_same_weights, evaluation, first_student, kl, train_by_hand
 from helpers import peer_of
 from torch.nn import functional as F
 
