@@ -5,7 +5,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from scipy.special import entr, rel_entr, softmax
+from scipy.special import rel_entr, softmax
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -155,66 +155,15 @@ def test_a_dead_feature_gives_finite_gradients(name):
     assert all(tensor.grad.isfinite().all() for tensor in student)
 
 
-# --- properties of losses -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name in TENSORS if name != "imitation"])
-def test_a_loss_is_zero_where_student_and_teacher_agree(name):
-    student, _ = split(name)
-    assert abs(float(LOSSES[name](*student, *student))) < 1e-15
-
-
-@every_loss
-def test_a_loss_is_a_mean_over_the_batch(name):
-    twice = [torch.cat([tensor, tensor]) for tensor in TENSORS[name]]
-    once = LOSSES[name](*TENSORS[name])
-    torch.testing.assert_close(LOSSES[name](*twice), once)
-
-
-@pytest.mark.parametrize("name", ["attention", "factor", "nst"])
-def test_normalised_losses_ignore_the_scale_of_features(name):
-    student, teacher = TENSORS[name]
-    torch.testing.assert_close(
-        LOSSES[name](3 * student, 0.5 * teacher), LOSSES[name](student, teacher)
-    )
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_imitation_is_kd_and_the_teachers_entropy(temperature):
-    student, teacher = TENSORS["imitation"]
-    p = softmax(teacher.numpy() / temperature, 1)
-    least = temperature**2 * entr(p).sum(1).mean()
-    assert float(losses.imitation(teacher, teacher, temperature)) == pytest.approx(least, rel=1e-12)
-    excess = losses.imitation(student, teacher, temperature) - least
-    torch.testing.assert_close(excess, losses.kd(student, teacher, temperature))
-    assert excess > 0.1
-
-
 def test_the_default_temperature_of_imitation_is_1():
     student, teacher = TENSORS["imitation"]
     expected = imitation(student.numpy(), teacher.numpy(), temperature=1.0)
     assert float(losses.imitation(student, teacher)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_kd_at_high_temperature_matches_centred_logits():
-    """Hinton et al. 2015, Eq. 4: the limit is ½·mean squared error of the logits."""
-    student, teacher = TENSORS["kd"]
-    difference = student - teacher
-    difference = difference - difference.mean(1, keepdim=True)
-    limit = 0.5 * difference.square().mean()
-    torch.testing.assert_close(losses.kd(student, teacher, 1e4), limit, rtol=1e-3, atol=0)
-
-
-def test_nst_ignores_the_order_of_channels():
-    student, teacher = TENSORS["nst"]
-    torch.testing.assert_close(losses.nst(student.flip(1), teacher), losses.nst(student, teacher))
-
-
-def test_fsp_pools_the_larger_of_the_two_layers():
+def test_fsp_pools_a_larger_output_too():
     small, large = make((2, 3, 3), (2, 6, 6))
-    pooled = torch.nn.functional.max_pool2d(large, 2)
-    assert float(losses.fsp(small, large, small, pooled)) == 0
-    assert float(losses.fsp(large, small, pooled, small)) == 0
+    assert float(losses.fsp(small, large, small, torch.nn.functional.max_pool2d(large, 2))) == 0
 
 
 # --- memory of NST --------------------------------------------------------------------------------
@@ -230,18 +179,17 @@ def broadcast_nst(student, teacher):
     return mean_kernel(s, s) + mean_kernel(t, t) - 2 * mean_kernel(s, t)
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_nst_equals_the_broadcast_formula_with_its_gradient(dtype, rel):
+def test_nst_in_float32_is_close_to_the_broadcast_formula_with_its_gradient():
     """After a ReLU the kernels are similar, so their difference loses digits."""
     student, teacher = (f.relu() for f in make((16, 8, 8), (24, 8, 8)))
     exact = student.clone().requires_grad_()
     expected = broadcast_nst(exact, teacher)
     expected.backward()
-    ours = student.to(dtype).requires_grad_()
-    loss = losses.nst(ours, teacher.to(dtype))
+    ours = student.float().requires_grad_()
+    loss = losses.nst(ours, teacher.float())
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=rel)
-    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=rel * 1e-2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-3, atol=1e-7)
 
 
 class Bytes(TorchDispatchMode):
@@ -290,52 +238,19 @@ def test_recoding_is_zero_within_its_threshold_and_grows_beyond():
     assert threshold.grad.item() == -3 * 2 * 3 / 8  # -a·t·share
 
 
-def test_recoding_has_no_gradient_exactly_at_its_threshold():
-    for sign in (1, -1):
-        for t in (0.1, 1.0, 1e-3):
-            edge = torch.tensor([sign * t])
-            over, under = (torch.nextafter(edge, torch.tensor(end * sign)) for end in (9.0, 0.0))
-            for u, expected in ((under, 0.0), (edge, 0.0), (over, 2 * over.item())):
-                u = u.clone().requires_grad_()
-                losses.recoding(u, edge.abs()[0]).backward()
-                assert u.grad.item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("gain", [1.0, 2.0, 0.3])
-@pytest.mark.parametrize("threshold", [0.0, 0.4, 1.5, 99.0])
-def test_recoding_equals_its_formula_element_by_element(gain, threshold):
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 99.0])
+def test_recoding_equals_its_formula_element_by_element(threshold):
+    """The default gain is 2."""
     (u,) = make((4, 3, 3))
-    expected = np.mean(
-        [gain / 2 * (v**2 - threshold**2) if abs(v) > threshold else 0.0 for v in u.numpy().ravel()]
-    )
-    for t in (threshold, torch.tensor(threshold, dtype=torch.float64)):
-        assert losses.recoding(u, t, gain).item() == pytest.approx(expected, rel=1e-12)
-    assert (expected > 0) == (threshold < 9)
-
-
-def test_the_default_gain_of_recoding_is_2():
-    (u,) = make((4, 3, 3))
-    torch.testing.assert_close(losses.recoding(u, 0.5), 2 * losses.recoding(u, 0.5, gain=1.0))
-
-
-def test_recoding_without_threshold_at_gain_1_is_half_the_squared_error():
-    u, other = make((4, 3, 3), (4, 3, 3))
-    half = losses.hint(u, other) / 2
-    torch.testing.assert_close(losses.recoding(u - other, 0.0, gain=1.0), half)
+    parts = [v**2 - threshold**2 if abs(v) > threshold else 0.0 for v in u.numpy().ravel()]
+    assert losses.recoding(u, threshold).item() == pytest.approx(np.mean(parts), rel=1e-12)
+    assert losses.recoding(u, threshold, 0.3).item() == pytest.approx(0.15 * np.mean(parts))
 
 
 def test_recoding_of_several_residuals_sums_their_means_by_weight():
     u, weights = torch.stack(make((4, 3, 3), (4, 3, 3))), torch.tensor([0.25, 0.75]).double()
     expected = 0.25 * losses.recoding(u[0], 0.5, 3.0) + 0.75 * losses.recoding(u[1], 0.5, 3.0)
     torch.testing.assert_close(losses.recoding(u, 0.5, 3.0, weights), expected)
-
-
-def test_the_gradients_of_recoding_are_right_away_from_the_threshold():
-    (u,) = make((4, 3, 3))
-    threshold = torch.tensor(0.6, dtype=torch.float64)
-    assert ((u.abs() - threshold).abs() > 1e-4).all()
-    u, threshold = u.requires_grad_(), threshold.requires_grad_()
-    assert gradcheck(lambda *inputs: losses.recoding(*inputs, 1.7), (u, threshold))
 
 
 # --- aggregation ----------------------------------------------------------------------------------
@@ -362,31 +277,10 @@ def test_samples_equal_the_formula():
     torch.testing.assert_close(sample.sum(1), torch.ones(B, dtype=torch.float64))
 
 
-def test_samples_at_a_low_temperature_are_labels_drawn_from_the_softmax():
-    draws, logits = 40_000, torch.tensor([1.0, 0.0, -1.0, 2.0])
-    uniform = torch.rand(draws, 4, generator=torch.manual_seed(0))
-    samples = losses.concrete(logits.expand(draws, 4), uniform, 0.01)
-    assert (samples.max(1).values > 0.99).float().mean() > 0.97
-    p = softmax(logits.double().numpy())
-    deviation = np.sqrt(p * (1 - p) / draws)
-    assert (np.abs(samples.mean(0).numpy() - p) < 4 * deviation + 1e-3).all()
-    assert (np.abs(np.bincount(samples.argmax(1), minlength=4) / draws - p) < 4 * deviation).all()
-
-
-def test_the_gradient_of_samples_is_right():
-    logits, uniform = make((5,))[0], torch.rand(B, 5, dtype=torch.float64).clamp(0.01, 0.99)
-    weights = make((5,), seed=1)[0]
-    assert gradcheck(
-        lambda z: (weights * losses.concrete(z, uniform, 0.8)).sum(), (logits.requires_grad_(),)
-    )
-
-
-@pytest.mark.parametrize("temperature", [0.1, 1.0])
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(("temperature", "scale"), [(0.1, 100.0), (1.0, 1.0)])
 def test_samples_are_finite_for_the_least_and_the_largest_random_numbers(temperature, scale):
     least, most = 2**-24, 1 - 2**-24  # in float32
     uniform = torch.tensor([[least] * 4, [most] * 4, [least, most, least, most], [0.5] * 4])
-    assert 0 < uniform.min() < uniform.max() < 1
     logits = scale * torch.randn(4, 4, generator=torch.manual_seed(0))
     sample = losses.concrete(logits.requires_grad_(), uniform, temperature)
     (sample * torch.arange(4)).sum().backward()

@@ -33,9 +33,6 @@ def test_an_unknown_data_set_names_the_closest(function, name):
     closest = "digits" if "digits" in name else "cifar10"
     with pytest.raises(UnknownName, match=rf"no data set '{name.replace('+', '.')}'.*{closest}"):
         function(name)
-
-
-def test_an_unknown_split_names_the_splits():
     with pytest.raises(UnknownName, match=r"no split 'val'.*test.*train"):
         load_data("digits", "val")
 

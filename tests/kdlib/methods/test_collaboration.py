@@ -12,9 +12,8 @@ from by_hand import (
     seeded,
     train_by_hand,
 )
-from helpers import aux_of, gradients, step_in_float64
+from helpers import aux_of, step_in_float64
 from torch import nn
-from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdlib import STC, build_model, load_data, store, train
@@ -70,38 +69,7 @@ def test_the_loss_and_its_gradient_equal_those_computed_by_hand(tiny, pair, targ
     assert terms.keys() == {"loss", "ce", "stc", *(["kd"] if weights else [])}
 
 
-@pytest.mark.parametrize("target", BY_HAND)
-def test_the_gradient_equals_finite_differences(tiny, target):
-    method = STC(tiny(), alpha=0.4, target=target, **WITH_KD)
-    step = step_in_float64(method, "wrn-10-1-x0.1", "resnet8-x0.2", size=4)
-    weights = [w for m in (step.student, step.aux["adapter"]) for w in m.parameters()]
-    assert gradcheck(lambda *_: method.loss(step)[1]["loss"], weights, fast_mode=True)
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_the_collaboration_trains_only_the_students_front_and_the_adapter(tiny, cut):
-    method = STC(tiny(), cut=cut)
-    step = step_in_float64(method, *PAIRS["other channels"])
-    stc = method.loss(step)[1]["stc"]
-    stages = [step.student.stem, *step.student.body, step.student.head]
-    reached = [all(g.any() for g in gradients(stc, [stage])) for stage in stages]
-    assert reached == [True] * (cut + 1) + [False] * (4 - cut)
-    assert not any(g.any() for stage in stages[cut + 1 :] for g in gradients(stc, [stage]))
-    assert all(g.any() for g in gradients(stc, step.aux.values()))
-    stc.backward()
-    assert all(p.grad is None for p in step.teacher.parameters())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet8-x0.25",
-        "wrn-10-1-x0.25",
-        "vgg13-x0.0625",
-        "mobilenetv2-t2-w0.1",
-        "resnet50-x0.0625",
-    ],
-)
+@pytest.mark.parametrize("name", ["resnet8-x0.25", "vgg13-x0.0625", "mobilenetv2-t2-w0.1"])
 def test_the_teacher_with_its_own_front_is_the_teacher(tiny, name):
     teacher, twin = (build_model(name, 5, 1, seed=0).eval() for _ in range(2))
     x = torch.randn(3, 1, 16, 16, generator=torch.manual_seed(0))
@@ -111,40 +79,6 @@ def test_the_teacher_with_its_own_front_is_the_teacher(tiny, name):
             assert method.aux_modules(twin, teacher, x) == {}
             collaboration = method.composites(twin, teacher, {})["collaboration"]
             assert torch.equal(collaboration(x), teacher(x))
-
-
-# --- the adapter ----------------------------------------------------------------------------------
-
-
-def aux_at_32_pixels(method, student, teacher):
-    with torch.device("meta"):
-        networks = [build_model(name, 10).eval() for name in (student, teacher)]
-        return method.aux_modules(*networks, torch.empty(2, 3, 32, 32))
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        ("resnet20", "resnet56"),
-        ("resnet20", "wrn-40-1"),
-        ("vgg13", "wrn-46-4"),
-        ("resnet56", "resnet110"),
-    ],
-)
-def test_the_papers_pairs_of_one_width_need_no_adapter(tiny, student, teacher, cut):
-    assert aux_at_32_pixels(STC(tiny(), cut=cut), student, teacher) == {}
-
-
-@pytest.mark.parametrize(("cut", "channels"), [(1, 16), (2, 32), (3, 64)])
-def test_a_wrn_of_another_width_needs_an_adapter(tiny, cut, channels):
-    aux = aux_at_32_pixels(STC(tiny(), cut=cut), "wrn-16-1", "wrn-16-2")
-    convolution, norm = aux["adapter"]
-    assert aux.keys() == {"adapter"}
-    assert convolution.weight.shape == (2 * channels, channels, 1, 1)
-    assert convolution.bias is None
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.num_features == 2 * channels
 
 
 @pytest.mark.parametrize(
@@ -167,12 +101,9 @@ def test_features_of_other_sizes_are_resized_first(tiny, student, teacher, ours,
     else:
         torch.testing.assert_close(resized, feature.repeat_interleave(2, 2).repeat_interleave(2, 3))
     adapted = norm(convolution(resized))
-    assert adapted.shape == features[1].shape
     collaboration = method.composites(step.student, step.teacher, step.aux)["collaboration"]
     expected = step.teacher.resume(1, adapted)
     torch.testing.assert_close(collaboration(step.x), expected, rtol=1e-12, atol=0)
-    value = method.loss(step)[1]["stc"]
-    assert all(g.any() for g in gradients(value, [step.student.stem, step.aux["adapter"]]))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -211,20 +142,6 @@ def test_training_equals_a_plain_pytorch_loop(tiny, wide):
     assert log.train_loss.tolist() == pytest.approx(total.tolist(), rel=1e-5)
 
 
-def test_with_alpha_1_nothing_behind_the_cut_changes(tiny):
-    run = tiny(method=STC(tiny(model="resnet14-x0.25"), alpha=1), weight_decay=0.0)
-    after = dict(train([run])[0].model().named_parameters())
-    for name, parameter in first_student(run).named_parameters():
-        behind = name.startswith(("body.2", "head"))
-        assert torch.equal(after[name], parameter) == behind, name
-
-
-def test_with_alpha_0_the_student_learns_as_without_a_teacher(tiny):
-    method = STC(tiny(model="resnet14-x0.25"), alpha=0)
-    joined, plain = train([tiny(method=method), tiny()])
-    assert_same_weights(joined.model().state_dict(), plain.model())
-
-
 @pytest.mark.parametrize("target", ["output", "truth"])
 def test_the_log_tests_the_collaboration_with_the_checkpoint_of_the_epoch(tiny, wide, target):
     fixed = STC(wide, at=1, target=target)
@@ -252,31 +169,22 @@ def test_the_log_tests_the_collaboration_with_the_checkpoint_of_the_epoch(tiny, 
 
 
 @pytest.mark.parametrize(
-    ("cut", "model"),
+    ("settings", "message"),
     [
-        (0, "resnet8-x0.25"),
-        (-1, "resnet8-x0.25"),
-        (4, "resnet8-x0.25"),
-        (2.5, "resnet8-x0.25"),
-        (4, "vgg13-x0.0625"),  # its teacher has three stages
+        ({"cut": 0}, "no cut after stage 0: .*3"),
+        ({"cut": 4}, "no cut after stage 4: .*3"),  # the teacher has three stages
+        ({"cut": 2.5}, "no cut after stage 2.5: .*3"),
+        ({"alpha": 1.5}, "alpha=1.5: give a share"),
+        ({"alpha": -0.1}, "alpha=-0.1: give a share"),
+        ({"alpha": float("nan")}, "alpha=nan: give a share"),
+        ({"target": "logits"}, "Known: output, soft, label, truth"),
     ],
 )
-def test_a_cut_without_a_stage_is_refused_when_the_run_is_made(tiny, cut, model):
-    with pytest.raises(ValueError, match=f"no cut after stage {cut}: .*3"):
-        tiny(model=model, method=STC(tiny(model="resnet14-x0.25"), cut=cut))
+def test_settings_out_of_range_are_refused(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(model="vgg13-x0.0625", method=STC(tiny(model="resnet14-x0.25"), **settings))
 
 
 def test_a_cut_may_be_written_with_a_point(tiny):
     assert STC(tiny(), cut=2.0) == STC(tiny(), cut=2)
     assert isinstance(STC(tiny(), cut=2.0).cut, int)
-
-
-@pytest.mark.parametrize("alpha", [1.5, -0.1, float("nan")])
-def test_an_alpha_outside_of_0_and_1_is_refused(tiny, alpha):
-    with pytest.raises(ValueError, match=f"alpha={alpha}: give a share"):
-        STC(tiny(), alpha=alpha)
-
-
-def test_the_error_of_an_unknown_target_names_all_targets(tiny):
-    with pytest.raises(ValueError, match=r"Known: output, soft, label, truth"):
-        STC(tiny(), target="logits")

@@ -8,14 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from by_hand import SECOND_RECIPE, WITH_KD
-from helpers import (
-    aux_fingerprint,
-    aux_of,
-    final_weights,
-    new_trainer,
-    same_log,
-    watch_teachers,
-)
+from helpers import aux_fingerprint, aux_of, final_weights, new_trainer, same_log, watch_teachers
 
 from kdlib import Recipe, store, train
 from kdlib.methods import (

@@ -17,22 +17,13 @@ from by_hand import (
     to_one_size,
     train_by_hand,
 )
-from helpers import aux_of, final_weights, replace_weights, step_in_float64
+from helpers import aux_of, final_weights, step_in_float64
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib import (
-    AttentionTransfer,
-    FactorTransfer,
-    Recipe,
-    build_model,
-    store,
-    train,
-)
-from kdlib.engine.graph import ancestry
+from kdlib import AttentionTransfer, FactorTransfer, Recipe, store, train
 from kdlib.engine.state import trained_modules
 from kdlib.methods import KD, paraphrase
-from kdlib.runs import Checkpoint
 from kdlib.store import fingerprint
 
 PARAPHRASING = Recipe(2, 24, lr=0.1)
@@ -74,23 +65,6 @@ def test_attention_and_its_gradient_equal_those_computed_by_hand(tiny, pair, wei
     torch.testing.assert_close(logits, step.student(step.x), rtol=1e-11, atol=1e-13)
     assert_same_with_gradients(terms["loss"], expected, [step.student])
     assert step.aux == {}
-
-
-@pytest.mark.parametrize(("size", "weight"), [(32, 1000), (16, 250), (8, 62.5), (64, 4000)])
-def test_the_weight_of_attention_grows_with_the_pixels_and_is_1000_at_32x32(tiny, size, weight):
-    method = AttentionTransfer(tiny())
-    step = step_in_float64(method, "resnet8-x0.1", "resnet14-x0.1", size=size)
-    terms = method.loss(step)[1]
-    factor = (terms["loss"] - terms["ce"]) / terms["attention"]
-    assert factor.item() == pytest.approx(weight, rel=1e-9)
-
-
-def test_in_the_papers_pairs_the_paired_stages_have_one_size():
-    with torch.device("meta"):
-        x = torch.empty(2, 3, 32, 32)
-        vgg, wrn = (build_model(n, 10).eval().stages(x) for n in ("vgg13", "wrn-10-4"))
-    assert (len(vgg), len(wrn)) == (5, 3)
-    assert [f.shape for f in vgg[:3]] == [f.shape for f in wrn]
 
 
 # --- factors --------------------------------------------------------------------------------------
@@ -142,37 +116,16 @@ def test_factors_and_their_gradient_equal_those_computed_by_hand(factors, pair, 
     assert_same_with_gradients(terms["loss"], expected, [step.student, step.aux["translator"]])
 
 
-@every_pair
-@pytest.mark.parametrize(("rate", "factor"), [(0.5, 8), (0.25, 4), (0.01, 1)])
-def test_translator_and_paraphraser_have_the_factors_shape(factors, pair, rate, factor):
-    method, step = factors(pair, rate)
+@pytest.mark.parametrize(("rate", "channels"), [(0.5, 8), (0.25, 4), (0.01, 1)])
+def test_translator_and_paraphraser_have_the_factors_shape(factors, rate, channels):
+    method, step = factors("five stages and three", rate)
     *_, taught = step.teacher.stages(step.x)
-    expected = max(1, factor * taught.shape[1] // 16) if rate > 0.1 else 1
     modules = method.paraphraser.method.aux_modules(None, step.teacher, step.x)
     encoder, decoder = (modules[name].double() for name in ("encoder", "decoder"))
-    (translator,) = step.aux.values()
-    ours = step.student.stages(step.x)[: len(step.teacher.body)][-1]
-    assert encoder(taught).shape[1] == translator(ours).shape[1] == expected
-    assert translator(ours).shape[2:] == ours.shape[2:]
-    assert encoder(taught).shape[2:] == taught.shape[2:]
+    ours = step.student.stages(step.x)[2]
+    factor = step.aux["translator"](ours)
+    assert factor.shape[1:] == encoder(taught).shape[1:] == (channels, *taught.shape[2:])
     assert decoder(encoder(taught)).shape == taught.shape
-    kinds = (encoder, nn.Conv2d), (decoder, nn.ConvTranspose2d), (translator, nn.Conv2d)
-    for network, kind in kinds:
-        assert [type(m) for m in network] == [kind, nn.LeakyReLU] * 3
-        assert all(m.kernel_size == (3, 3) and m.bias is not None for m in network[::2])
-        assert [m.negative_slope for m in network[1::2]] == [0.1] * 3
-
-
-def test_the_papers_factors_have_half_the_channels_and_one_size(tiny):
-    teacher = tiny()
-    method = FactorTransfer(teacher, paraphraser=paraphrase(teacher, PARAPHRASING))
-    with torch.device("meta"):
-        vgg, wrn = (build_model(n, 10).eval() for n in ("vgg13", "wrn-10-4"))
-        x = torch.empty(2, 3, 32, 32)
-        translator = method.aux_modules(vgg, wrn, x)["translator"]
-        encoder = method.paraphraser.method.aux_modules(None, wrn, x)["encoder"]
-        ours, theirs = translator(vgg.stages(x)[2]), encoder(wrn.stages(x)[-1])
-    assert ours.shape == theirs.shape == (2, 128, 8, 8)
 
 
 # --- the paraphraser ------------------------------------------------------------------------------
@@ -229,23 +182,6 @@ def test_training_a_paraphraser_equals_a_plain_pytorch_loop(teacher, paraphraser
     assert_same_weights(aux_of(trained), expected)
 
 
-def test_a_paraphraser_learns_to_restore_its_teachers_features(teacher):
-    epochs = 24
-    run = paraphrase(teacher, Recipe(epochs, 24, lr=0.1))
-    losses = train([run])[0].log.train_loss.to_numpy().reshape(4, -1).mean(1)
-    assert (losses[1:] < losses[:-1]).all()
-    assert losses[-1] < 0.85 * losses[0]
-    images = digits(teacher)
-    *_, feature = store.find_record(teacher).model().stages(images.batch(torch.arange(128)))
-    errors = []
-    for epoch in (0, epochs):
-        modules = trained_modules(run, epoch, images)
-        restored = modules["decoder"](modules["encoder"](feature))
-        errors.append((restored - feature).abs().mean().item())
-    assert errors[1] < 0.85 * errors[0]
-    assert errors[1] < 0.85 * feature.abs().mean().item()
-
-
 def test_a_paraphraser_of_another_teacher_or_epoch_is_refused(tiny, teacher, paraphraser):
     others = [
         paraphrase(tiny(model="wrn-10-1-x0.5", seed=1), PARAPHRASING),
@@ -263,7 +199,8 @@ def test_a_paraphraser_of_another_teacher_or_epoch_is_refused(tiny, teacher, par
 
 def test_what_the_teacher_saves_changes_no_paraphraser(teacher, paraphraser):
     same = replace(teacher, keep=(1, 2), save_logits=True)
-    assert paraphrase(same, PARAPHRASING).id == paraphraser.id
+    other = paraphrase(same, PARAPHRASING)
+    assert (other.id, other.keep, other.save_logits) == (paraphraser.id, (), False)
     FactorTransfer(same, paraphraser=paraphraser)
 
 
@@ -307,41 +244,15 @@ def test_training_equals_a_plain_pytorch_loop(tiny, teacher, paraphraser, comput
     assert log.train_loss.tolist() == pytest.approx(total.tolist(), rel=1e-5)
 
 
-# --- the paraphraser is a parent of the student ---------------------------------------------------
-
-
-@pytest.fixture
-def student(tiny, teacher, paraphraser):
-    return tiny(epochs=3, method=FactorTransfer(teacher, paraphraser=paraphraser))
-
-
-def test_the_paraphraser_is_trained_before_its_student(
-    teacher, paraphraser, student, epochs_trained
-):
-    assert ancestry([student]) == [teacher, paraphraser, student]
-    assert student.teachers == [Checkpoint(teacher, 2), Checkpoint(paraphraser, 2)]
-    trained = train([student])[0]
-    expected = [(run.id, epoch) for run in (teacher, paraphraser) for epoch in (1, 2)]
-    assert epochs_trained == expected + [(student.id, epoch) for epoch in (1, 2, 3)]
-    assert trained.summary["teachers"] == {
-        f"{parent.id}@2": final_weights(store.find_record(parent))
-        for parent in (teacher, paraphraser)
-    }
-
-
-def replace_modules(run, other):
-    """Give a trained run all modules of another, as training on another machine may."""
-    (trained, record), last = train([other, run]), run.recipe.epochs
-    modules = trained_modules(trained.run, last, digits(run))
-    record.summary["weights"][str(last)] = store.save_modules(run, last, modules)
-    store.write_record(run, record.rows, record.summary)
-
-
 def test_a_student_is_trained_again_where_its_paraphraser_changed(
-    teacher, paraphraser, student, epochs_trained
+    tiny, teacher, paraphraser, epochs_trained
 ):
+    student = tiny(epochs=3, method=FactorTransfer(teacher, paraphraser=paraphraser))
     before = train([student])[0]
-    replace_modules(paraphraser, paraphrase(teacher, replace(PARAPHRASING, lr=0.01)))
+    other, record = train([paraphrase(teacher, replace(PARAPHRASING, lr=0.01)), paraphraser])
+    modules = trained_modules(other.run, 2, digits(paraphraser))
+    record.summary["weights"]["2"] = store.save_modules(paraphraser, 2, modules)
+    store.write_record(paraphraser, record.rows, record.summary)
     epochs_trained.clear()
     with pytest.warns(UserWarning, match="learned from other weights of its teacher .* Paraphrase"):
         after = train([student])[0]
@@ -349,34 +260,3 @@ def test_a_student_is_trained_again_where_its_paraphraser_changed(
     assert final_weights(after) != final_weights(before)
     changed = final_weights(store.find_record(paraphraser))
     assert after.summary["teachers"][f"{paraphraser.id}@2"] == changed
-    epochs_trained.clear()
-    train([student])
-    assert epochs_trained == []
-
-
-def test_where_the_teacher_changed_the_paraphraser_is_trained_again_first(
-    teacher, paraphraser, student, epochs_trained
-):
-    train([student])
-    changed = replace_weights(teacher, replace(teacher, seed=5))
-    epochs_trained.clear()
-    with pytest.warns(UserWarning, match="trained again"):
-        after = train([student])[0]
-    expected = [(paraphraser.id, epoch) for epoch in (1, 2)]
-    assert epochs_trained == expected + [(student.id, epoch) for epoch in (1, 2, 3)]
-    lender = store.find_record(paraphraser)
-    assert fingerprint(lender.model().state_dict()) == changed
-    assert after.summary["teachers"] == {
-        f"{teacher.id}@2": changed,
-        f"{paraphraser.id}@2": final_weights(lender),
-    }
-
-
-def test_an_interrupted_student_starts_anew_where_its_paraphraser_changed(
-    teacher, paraphraser, student, train_until, epochs_trained
-):
-    train_until(student, 2)
-    replace_modules(paraphraser, paraphrase(teacher, replace(PARAPHRASING, lr=0.01)))
-    epochs_trained.clear()
-    train([student])
-    assert epochs_trained == [(student.id, epoch) for epoch in (1, 2, 3)]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from gated import (
-    BOTTLENECKS,
     SMALL,
     close,
     gated_convolutions,
@@ -45,11 +44,6 @@ def doubled(name, closed=0.0, seed=0):
     return network.double(), gates, images(dtype=torch.float64)
 
 
-def alive(gates):
-    """Whether every layer has an open gate."""
-    return all(part.any() for part in values_of(gates).values())
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("closed", [0.0, 0.2], ids=["open", "some closed"])
 @pytest.mark.parametrize("name", SMALL)
@@ -66,36 +60,20 @@ def test_a_gate_multiplies_the_channel_that_its_layer_reads(name, closed, traini
     assert not torch.allclose(expected, network(x), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*SMALL, BOTTLENECKS])
-def test_gates_at_one_change_nothing(name):
-    network, gates, x = doubled(name)
-    gates.values.data.fill_(1)
-    assert torch.equal(gated_logits(network, gates, x), network(x))
-
-
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_of_open_gates_and_weights_are_those_of_the_multiplication(name):
+def test_gradients_of_gates_and_weights_are_those_of_the_multiplication(name):
+    """Those of closed gates too: they may open again."""
     network, gates, x = doubled(name)
     network.train()
+    for part in values_of(gates).values():
+        part[0] = 0
     wanted = [gates.values, *network.parameters()]
     logits = gated_logits(network, gates, x), explicit_logits(network, gates.values, x)
     got, expected = (torch.autograd.grad(z.square().sum(), wanted) for z in logits)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-8)
     assert all(part.any() for part in got[0].split(gates.channels.sizes))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_closed_gate_still_has_a_gradient(name):
-    """Its slope at 0 may open it again."""
-    network, gates, x = doubled(name)
-    for part in values_of(gates).values():
-        part[0] = 0
-    assert alive(gates)
-    logits = gated_logits(network, gates, x), explicit_logits(network, gates.values, x)
-    got, expected = (torch.autograd.grad(z.square().sum(), gates.values)[0] for z in logits)
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-8)
-    assert expected[gates.values == 0].any()
+    assert got[0][gates.values == 0].any()
 
 
 @pytest.mark.parametrize("dead", ["body.0.0", "body.1.4", "body.2.4"])
@@ -247,12 +225,15 @@ def test_a_held_divergence_is_pushed_up_from_below():
         ({"target": "hard"}, "'hard'. Known: soft, output, truth"),
         ({"budget": 0.0}, "budget"),
         ({"budget": 1.0}, "budget"),
-        ({"budget": -0.2}, "budget"),
         ({"target": "truth", "held_at": 0.1}, "held"),
         ({"target": "output", "held_at": 0.1}, "held"),
+        ({"momentum": 1.0}, "below"),
+        ({"strength": -1}, "below"),
+        ({"held_at": -1}, "below"),
+        ({"rate": -0.1}, "below"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         GateSearch(teacher_of("densenet-bc-16-4"), **{"budget": 0.5, **settings})
 
@@ -269,14 +250,6 @@ def test_a_search_starts_as_its_teacher_and_takes_a_network_that_has_gates():
         replace(refused, method=GateSearch(refused, budget=0.5), start=refused)
     with pytest.raises(ValueError, match="cannot be a teacher"):
         KD(search)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"momentum": 1.0}, {"strength": -1}, {"held_at": -1}, {"rate": -0.1}]
-)
-def test_a_number_out_of_its_range_is_refused(setting):
-    with pytest.raises(ValueError, match="below"):
-        GateSearch(teacher_of("densenet-bc-16-4"), budget=0.5, **setting)
 
 
 def test_only_the_target_truth_needs_no_teacher_logits():

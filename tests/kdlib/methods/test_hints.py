@@ -1,14 +1,11 @@
 """Hints of a stage: the loss, the adapter, and the teacher's network in the step."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from by_hand import (
     WITH_KD,
     assert_same_weights,
     assert_same_with_gradients,
-    evaluation,
     first_student,
     on_logits,
     seeded,
@@ -16,13 +13,13 @@ from by_hand import (
     to_one_size,
     train_by_hand,
 )
-from helpers import aux_of, final_weights, gradients, new_trainer, same_log, step_in_float64
+from helpers import aux_of, gradients, step_in_float64
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib import load_data, store, train
+from kdlib import store, train
 from kdlib.engine.trainer import Trainer
-from kdlib.methods import KD, Hint, OneStage, multi_stage
+from kdlib.methods import KD, Hint, OneStage
 from kdlib.store import fingerprint
 
 PAIRS = {
@@ -78,18 +75,10 @@ def test_the_loss_and_its_gradient_equal_those_computed_by_hand(tiny, pair, stag
     assert reached == [*reached_stages, False] + [True] * len(step.aux)
 
 
-def test_no_gradient_reaches_the_teacher(tiny):
-    method = Hint(tiny(), **WITH_KD)
-    step = step_in_float64(method, *PAIRS["other channels"])
-    step.teacher.requires_grad_(True)
-    method.loss(step)[1]["hint"].backward()
-    assert all(p.grad is None for p in step.teacher.parameters())
-
-
-@pytest.mark.parametrize("stage", [0, -1, 4])
-@pytest.mark.parametrize("larger", ["vgg13-x0.0625", "mobilenetv2-t1-w0.1", "resnet14-x0.25"])
-def test_a_stage_that_one_network_lacks_is_refused(tiny, stage, larger):
-    for student, teacher in (("resnet8-x0.25", larger), (larger, "resnet8-x0.25")):
+@pytest.mark.parametrize("stage", [0, 4])
+def test_a_stage_that_one_network_lacks_is_refused(tiny, stage):
+    models = ("resnet8-x0.25", "vgg13-x0.0625")
+    for student, teacher in (models, models[::-1]):
         with pytest.raises(ValueError, match=f"no stage {stage}: .* 3 stages in common"):
             tiny(model=student, method=Hint(tiny(model=teacher), stage=stage))
     with pytest.raises(ValueError, match="no stage 9"):
@@ -121,53 +110,14 @@ def test_training_equals_a_plain_pytorch_loop(tiny, teacher):
     assert_same_weights(aux_of(trained), nn.ModuleDict({"adapter": adapter}))
 
 
-def test_without_an_adapter_only_the_student_is_kept(tiny):
-    trained = train([tiny(method=Hint(tiny(model="resnet14-x0.25")))])[0]
-    assert aux_of(trained) == {}
-
-
-def test_the_log_has_the_terms_and_the_divergence_from_the_teacher(tiny, teacher):
-    trained = train([tiny(method=Hint(teacher))])[0]
-    test = load_data("digits", "test")
-    networks = trained.model(), store.find_record(teacher).model()
-    logits, taught = (network(test.batch(torch.arange(len(test)))) for network in networks)
-    expected = evaluation(logits, test.labels, taught)["kl"]
-    assert trained.final["test_kl"] == pytest.approx(expected, rel=1e-4)
-    log = trained.log
-    assert log.train_loss.tolist() == pytest.approx((log.train_ce + log.train_hint).tolist())
-
-
-def test_the_number_of_the_last_stage_and_none_are_the_same(tiny, teacher):
-    named, last = train([tiny(method=Hint(teacher, stage=stage)) for stage in (3, None)])
-    assert final_weights(named) == final_weights(last)
-    assert same_log(named, last)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 5e-4])
-def test_without_cross_entropy_the_head_has_no_gradient_and_does_not_move(tiny, weight_decay):
+def test_without_cross_entropy_the_head_does_not_move(tiny):
+    """It has no gradient, so that not even weight decay moves it."""
     method = Hint(tiny(epochs=1, model="resnet14-x0.25"), stage=2, ce_weight=0.0)
-    run = tiny(method=method, weight_decay=weight_decay)
+    run = tiny(method=method)
     first, after = first_student(run).state_dict(), train([run])[0].model().state_dict()
     moved = {key for key in first if not torch.equal(first[key], after[key])}
     assert {key for key in first if key.startswith("head.")}.isdisjoint(moved)
     assert {key for key in first if key.startswith(("stem.", "body.0.", "body.1."))} <= moved
-    trainer = new_trainer(replace(run, seed=1))
-    trainer.begin_epoch()
-    trainer.advance()
-    student = trainer.state.modules["student"]
-    assert all(p.grad is None for p in student.head.parameters())
-    assert all(p.grad is not None for p in student.body[1].parameters())
-
-
-def test_the_second_stage_of_fitnet_starts_from_the_first(tiny, teacher):
-    first = tiny(epochs=1, method=Hint(teacher, stage=2, ce_weight=0.0))
-    second = tiny(epochs=1, method=KD(teacher), start=first)
-    trained = train([second])[0]
-    start = new_trainer(second).state.modules
-    assert start.keys() == {"student"}
-    before = store.find_record(first).model().state_dict()
-    assert fingerprint(start["student"].state_dict()) == fingerprint(before)
-    assert aux_of(trained) == {}
 
 
 def test_each_epoch_learns_from_its_own_checkpoint(tiny, teacher, monkeypatch):
@@ -189,11 +139,3 @@ def test_each_epoch_learns_from_its_own_checkpoint(tiny, teacher, monkeypatch):
     columns = ["train_loss", "train_hint", "test_ce", "test_kl"]
     assert route.log[columns].iloc[0].equals(first.log[columns].iloc[0])
     assert (route.log[columns][1:] != first.log[columns][1:]).all(axis=None)
-
-
-def test_a_start_without_its_weights_is_trained_again(tiny, teacher):
-    first, second = multi_stage(tiny(method=Hint(teacher), seed=1), (1, 3))
-    train([first])
-    store.weights_path(first, 2).unlink()
-    assert store.find_record(second) is None
-    assert final_weights(train([second])[0])

@@ -1,19 +1,15 @@
 """KDGAN: each term trains one of three networks, and the teacher itself does not change."""
 
-from dataclasses import replace
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from by_hand import assert_same_weights, digits, first_student, kl, seeded, train_by_hand
-from helpers import aux_of, batches, called, final_weights, gradients, new_trainer, step_in_float64
+from helpers import aux_of, batches, called, gradients, new_trainer, step_in_float64
 from scipy.special import expit, log_softmax, rel_entr, softmax
 from torch import nn
 
 from kdlib import Recipe, store, train
 from kdlib.engine.plan import mix
-from kdlib.engine.state import trained_modules
 from kdlib.methods import KDGAN
 from kdlib.methods.peers import build_discriminator
 from kdlib.models import Staged
@@ -130,56 +126,6 @@ def three_losses(method, networks, x, labels, noise):
     yield -real - share * fails(ours, scores) - (1 - share) * fails(theirs, scores)
 
 
-def test_one_sum_gives_each_network_the_gradient_of_its_own_loss(tiny, step, networks):
-    method = kdgan(tiny(), **SETTINGS)
-    total = method.loss(step)[1]["loss"]
-    losses = three_losses(method, networks, step.x, step.labels, step.inputs["uniform"])
-    players = (networks[name] for name in ("student", "teacher", "discriminator"))
-    for network, loss in zip(players, losses, strict=True):
-        pairs = zip(gradients(total, [network]), gradients(loss, [network]), strict=True)
-        for got, expected in pairs:
-            torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("still", "moves", "settings"),
-    [
-        ("teacher", "student", {"share": 1.0, "back_weight": 0.0}),
-        ("student", "teacher", {"share": 0.0, "kd_weight": 0.0}),
-    ],
-)
-def test_a_network_whose_terms_have_no_weight_gets_no_gradient(
-    tiny, step, networks, still, moves, settings
-):
-    total = kdgan(tiny(), **settings).loss(step)[1]["loss"]
-    assert not any(g.any() for g in gradients(total, [networks[still]]))
-    assert all(g.any() for g in gradients(total, [networks[moves]]))
-
-
-def test_the_student_learns_to_give_the_label_that_the_discriminator_accepts(tiny, step):
-    scores = torch.full((4, 5), -4.0, dtype=torch.float64)
-    scores[:, 3] = 4.0
-    aux = step.aux | {"discriminator": lambda x: scores}
-    logits, terms = kdgan(tiny(), kd_weight=0.0).loss(step._replace(aux=aux))
-    (slope,) = torch.autograd.grad(terms["adversarial"], logits)
-    assert (slope[:, 3] < 0).all()
-
-
-def test_the_discriminator_learns_while_the_others_stand_still(tiny, step, networks):
-    judge, losses = networks["discriminator"], []
-    optimizer = torch.optim.SGD(judge.parameters(), lr=0.1)
-    for _ in range(25):
-        loss = kdgan(tiny()).loss(step)[1]["discriminator"]
-        for p, g in zip(judge.parameters(), gradients(loss, [judge]), strict=True):
-            p.grad = g
-        optimizer.step()
-        losses.append(loss.item())
-    # a guess costs 2·log 2: half for the labels, half for both samples
-    assert losses[0] > 0.5
-    assert losses[-1] < losses[0] - 0.05
-    assert all(later < earlier for earlier, later in pairwise(losses))
-
-
 def test_a_discriminator_gives_a_score_for_every_label_at_any_image_size():
     for size, channels, classes in ((8, 1, 10), (32, 3, 100), (28, 1, 10)):
         judge = build_discriminator(channels, classes)
@@ -192,7 +138,6 @@ def test_a_discriminator_gives_a_score_for_every_label_at_any_image_size():
     "change",
     [
         {"share": 1.1},
-        {"share": -0.1},
         {"kd_weight": -1},
         {"back_weight": -1},
         {"temperature": 0},
@@ -244,31 +189,13 @@ def test_the_copy_starts_as_the_teachers_checkpoint(tiny, teacher):
         assert fingerprint(copy.state_dict()) == before.summary["weights"][str(at or 2)]
 
 
-@pytest.mark.parametrize("still", ["student", "teacher", "discriminator"])
-def test_each_network_has_its_own_learning_rate(tiny, teacher, still):
-    field = {"teacher": "copy"}.get(still, still)
-    changes = {} if still == "student" else {field: replace(COPY, lr=0.0)}
-    lr = 0.0 if still == "student" else 0.05
-    run = tiny(epochs=1, lr=lr, method=kdgan(teacher, **changes))
-    train([teacher])
-    first = {n: p.detach().clone() for n, p in new_trainer(run).state.modules.named_parameters()}
-    train([run])
-    after = dict(trained_modules(run, 1, digits(run)).named_parameters())
-    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], after[name])}
-    assert moved == {"student", "teacher", "discriminator"} - {still}
-
-
 def test_the_log_has_the_terms_and_the_copys_accuracy(tiny, teacher):
-    trained = train([tiny(method=kdgan(teacher))])[0]
-    log = trained.log
+    log = train([tiny(method=kdgan(teacher))])[0].log
     terms = log[[f"train_{name}" for name in TRAINS]]
     assert log.train_loss.tolist() == pytest.approx(terms.sum(axis=1).tolist(), rel=1e-5)
-    assert (log[["train_adversarial", "train_teacher_adversarial"]] < 0).all(axis=None)
-    assert (log[["train_kd", "train_teacher_kd", "train_discriminator"]] > 0).all(axis=None)
     assert {"test_teacher_top1", "test_teacher_ce", "test_teacher_kl"} <= {*log.columns}
     assert "test_discriminator_top1" not in log.columns
     assert (log.test_teacher_kl > 0).all()  # the copy differs from the teacher
-    assert trained.summary["teachers"] == {f"{teacher.id}@2": final_weights(train([teacher])[0])}
 
 
 def test_the_samples_depend_on_seed_and_epoch_and_continue_from_the_start(tiny, teacher):
@@ -279,14 +206,3 @@ def test_the_samples_depend_on_seed_and_epoch_and_continue_from_the_start(tiny, 
         trainer.begin_epoch()
         expected = uniform(run.seed, epoch, (6, 24, 2, 10))
         assert torch.equal(trainer.data.inputs["uniform"], expected)
-
-
-def test_the_relaxation_changes_only_the_adversarial_terms(tiny, teacher):
-    """With learning rates of zero, no term changes another."""
-    still = replace(JUDGE, lr=0.0)
-    methods = [
-        kdgan(teacher, discriminator=still, copy=still, relaxation=value) for value in (0.01, 1.0)
-    ]
-    low, usual = train([tiny(epochs=1, lr=0.0, method=method) for method in methods])
-    assert low.final["train_kd"] == usual.final["train_kd"]
-    assert low.final["train_adversarial"] != usual.final["train_adversarial"]

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import build_model
-from kdlib.methods.gates import AcceleratedProximal, Gates, soft_threshold
-from kdlib.models.channels import Channels
+from kdlib.methods.gates import AcceleratedProximal, soft_threshold
 
 
 def shrink(z, a):
@@ -58,38 +56,6 @@ def test_gates_follow_the_equation_step_by_step(random, momentum):
     assert (expected > 1).any()
 
 
-def test_gates_are_never_negative_and_can_open_again():
-    gradients = np.array([[200.0, 200.0]] + [[-30.0, 0.0]] * 30)
-    path, _ = moved(np.ones(2), gradients, 0.001)
-    assert (path >= 0).all()
-    assert path[0].tolist() == [0, 0]
-    assert path[-1, 0] > 0
-    assert path[-1, 1] == 0
-
-
-def test_a_gate_without_gradient_closes_as_fast_as_in_the_paper():
-    """η·λ₂·α/(1 - μ) a step: 26 epochs of 391 steps at the paper's settings and α = 1."""
-    path, _ = moved(np.ones(1), np.zeros((1200, 1)), np.array([0.01 * 1e-2]))  # ten times as fast
-    closed = int((path[:, 0] > 0).sum())
-    assert closed == pytest.approx(26 * 39.1, rel=0.03)
-
-
-def test_gates_converge_to_the_sparse_minimum_of_a_quadratic(random):
-    """½gᵀQg - bᵀg + λΣg for g ≥ 0: the slope is 0 at open gates, and above 0 at closed ones."""
-    root = random.normal(0, 1, (12, 12))
-    quadratic, linear = root @ root.T + np.eye(12), 5 * random.normal(0, 1, 12)
-    gate = torch.nn.Parameter(torch.ones(12, dtype=torch.float64))
-    optimizer = AcceleratedProximal([gate], torch.full((12,), 0.002 * 0.7), 0.002)
-    for _ in range(5000):
-        gate.grad = torch.tensor(quadratic) @ gate.detach() - torch.tensor(linear)
-        optimizer.step()
-    g = gate.detach().numpy()
-    slope = quadratic @ g - linear + 0.7
-    assert 0 < (g == 0).sum() < 12
-    np.testing.assert_allclose(slope[g > 0], 0, atol=1e-6)
-    assert (slope[g == 0] > 0).all()
-
-
 @pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
 def test_a_gradient_scaler_changes_no_update_and_an_overflow_is_no_step(random, overflow):
     factors = random.normal(0, 3, 6).tolist()
@@ -120,31 +86,3 @@ def test_the_last_gate_of_a_neck_stays_and_no_other():
     for _ in range(3):
         optimizer.step()
         assert gates.tolist() == pytest.approx([0, 0.5, 0, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [("densenet-bc-16-4", ["body.1.2", "body.2.2"]), ("resnet8-x0.25", []), ("vgg13-x0.0625", 9)],
-)
-def test_the_ranges_are_the_first_connections_of_layers_without_a_bypass(name, layers):
-    channels = Channels(build_model(name, classes=10, seed=0), image_size=16)
-    begins = np.cumsum([0, *channels.sizes[:-1]]).tolist()
-    gated = dict(zip(begins, channels.gated, strict=True))
-    named = [gated[begin].name for begin, _ in channels.keep_one]
-    assert layers in (named, len(named))
-    for begin, end in channels.keep_one:
-        assert end - begin == gated[begin].inputs[0].channels
-
-
-def test_a_network_remains_though_all_layers_of_a_block_close():
-    """The transition's largest gate reads one of them, but another gate must stay."""
-    gates = Gates(Channels(build_model("densenet-bc-16-4", classes=10, seed=0), image_size=16))
-    parts = gates.channels.split(np.full(sum(gates.channels.sizes), 0.5, np.float32))
-    for name in ("body.1.2", "body.2.2"):
-        parts[name][-4:] = 0.9  # of the block's last layer
-    gates.values.data = torch.tensor(np.concatenate([*parts.values()]))
-    settings = {"keep_one": gates.channels.keep_one}
-    optimizer = AcceleratedProximal([gates.values], torch.full_like(gates.values, 10), **settings)
-    gates.values.grad = torch.zeros_like(gates.values)
-    optimizer.step()
-    assert gates.macs() > 0

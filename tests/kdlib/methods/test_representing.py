@@ -7,14 +7,13 @@ import torch
 from by_hand import (
     SECOND_RECIPE,
     assert_same_weights,
-    digits,
     first_student,
     kl,
     prior_by_hand,
     seeded,
     train_by_hand,
 )
-from helpers import aux_of, batches, layers_by_hand, new_trainer
+from helpers import aux_of, layers_by_hand
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,46 +61,8 @@ def narrow(tiny):
 # --- thresholds in training -----------------------------------------------------------------------
 
 
-def thresholds(trainer):
-    return trainer.state.modules["prior"].thresholds.detach().clone()
-
-
-def test_thresholds_start_at_the_mean_residuals_of_the_first_batch(tiny, teacher):
-    """In training mode: the student and the adapters use the statistics of the batch."""
-    train([teacher])
-    run = tiny(method=kr(teacher, prior=STILL))
-    trainer = new_trainer(run)
-    assert thresholds(trainer).isnan().all()
-    modules, images = trainer.state.modules.train(), digits(run)
-    _, index, view = next(batches(run, images))
-    x, expected = images.batch(index, view), torch.zeros(6)
-    networks = (modules["student"], store.find_record(teacher).model())
-    with torch.no_grad():
-        features = [layers_by_hand(network, x) for network in networks]
-        adapters = modules["prior"].adapters
-        prior_by_hand(run.method, "other channels", features, adapters, expected, first=True)
-    trainer.begin_epoch()
-    trainer.advance()
-    assert thresholds(trainer).tolist() == pytest.approx(expected.tolist(), rel=1e-4)
-
-
-@pytest.mark.parametrize("threshold", ["learned", "fixed"])
-def test_thresholds_are_learned_or_do_not_change(tiny, teacher, threshold):
-    train([teacher])
-    trainer = new_trainer(tiny(method=kr(teacher, threshold=threshold)))
-    trainer.begin_epoch()
-    trainer.advance()
-    first = thresholds(trainer)
-    assert first.isfinite().all()
-    while trainer.taken < trainer.steps:
-        trainer.advance()
-    moved = thresholds(trainer) != first
-    assert moved.all() if threshold == "learned" else not moved.any()
-
-
-@pytest.mark.parametrize("lr", [0.02, 0.5])
-def test_thresholds_stay_finite_and_are_logged(tiny, teacher, lr):
-    prior = replace(SECOND_RECIPE, lr=lr, milestones=(), momentum=0.9)
+def test_thresholds_stay_finite_and_are_logged(tiny, teacher):
+    prior = replace(SECOND_RECIPE, lr=0.5, milestones=(), momentum=0.9)
     trained = train([tiny(epochs=7, method=kr(teacher, prior=prior))])[0]
     log = trained.log
     assert (log.threshold > 0).all()
@@ -199,45 +160,11 @@ def test_with_a_rate_of_zero_the_prior_changes_only_batch_statistics(tiny, narro
     assert (beside.log.train_prior > 0).all()
 
 
-def test_the_prior_trains_all_of_the_student_but_its_head(tiny, teacher):
-    run = tiny(lr=0.0, method=kr(teacher))
-    first = dict(first_student(run).named_parameters())
-    after = dict(train([run])[0].model().named_parameters())
-    still = {name for name in first if torch.equal(first[name], after[name])}
-    assert still == {"head.2.weight", "head.2.bias"}
-
-
-def test_each_optimizer_has_its_own_momentum(tiny, teacher):
-    train([teacher])
-    trainer = new_trainer(tiny(method=kr(teacher)))
-    trainer.begin_epoch()
-    trainer.advance()
-    tensors = trainer.state.tensors()
-    for name, _ in trainer.state.modules["student"].named_parameters():
-        own = tensors[f"momentum.student.student.{name}"]
-        prior = tensors.get(f"momentum.prior.student.{name}")
-        assert own.any()
-        assert prior is None if name.startswith("head.") else not torch.equal(prior, own)
-    assert "momentum.prior.prior.thresholds" in tensors
-    assert not any(name.startswith("momentum.student.prior.") for name in tensors)
-
-
 def test_the_log_has_the_terms_of_both_updates(tiny, teacher):
-    one, half, both = (
-        trained.final
-        for trained in train(
-            [
-                tiny(epochs=1, method=kr(teacher, prior=STILL, **changes), lr=0.0)
-                for changes in ({}, {"beta": 0.5}, {"gamma": 2.0})
-            ]
-        )
-    )
-    assert half["train_prior"] == pytest.approx(one["train_prior"] / 2, rel=1e-5)
-    assert one["train_loss"] == one["train_ce"] == half["train_loss"]
-    assert 0 < one["train_beyond"] < 1
-    # with rates of zero, both updates compute the same penalty
-    expected = both["train_ce"] + 2 * both["train_prior"]
-    assert both["train_loss"] == pytest.approx(expected, rel=1e-5)
+    """With rates of zero, both updates compute the same penalty."""
+    final = train([tiny(epochs=1, method=kr(teacher, prior=STILL, gamma=2.0), lr=0.0)])[0].final
+    expected = final["train_ce"] + 2 * final["train_prior"]
+    assert final["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # --- the posterior and its teacher ----------------------------------------------------------------
@@ -296,14 +223,10 @@ def test_each_stage_of_a_route_gives_its_checkpoint_to_the_posterior(tiny, narro
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["KD", "NST", "KDGAN", "Hint"])
-def test_a_posterior_of_another_teacher_is_refused(narrow, teacher, name):
+def test_the_posterior_is_checked(tiny, narrow, teacher):
     with pytest.raises(ValueError, match="have one teacher") as refusal:
-        kr(narrow, posterior=POSTERIORS[name](teacher))
+        kr(narrow, posterior=KDGAN(teacher, discriminator=STILL, copy=STILL))
     assert str(teacher) in str(refusal.value)
-
-
-def test_the_posterior_is_checked_and_may_wrap_no_method(tiny, narrow):
     with pytest.raises(ValueError, match="no stage 7"):
         tiny(method=kr(narrow, posterior=Hint(narrow, stage=7)))
     for posterior in (OneStage(KD(narrow), gap=1), kr(narrow)):

@@ -4,30 +4,16 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from helpers import (
-    batches,
-    final_weights,
-    new_trainer,
-    same_log,
-)
+from by_hand import assert_same_weights, first_student, kl, train_by_hand
+from helpers import final_weights, new_trainer
 from torch.nn import functional as F
 
-from kdlib import KD, Recipe, Run, build_model, load_data, store, train
+from kdlib import KD, Recipe, Run, store, train
 from kdlib.methods.route import OneStage, hardness, multi_stage, next_anchor
 from kdlib.models import load_weights
 from kdlib.store import fingerprint
 
 # --- one stage ------------------------------------------------------------------------------------
-
-
-def test_one_anchor_for_all_epochs_is_plain_distillation_to_the_bit(tiny):
-    teacher = tiny(epochs=3, model="resnet14-x0.25")
-    methods = KD(teacher), OneStage(KD(teacher), gap=3)
-    plain, one = train([tiny(epochs=3, milestones=(2,), method=method) for method in methods])
-    assert one.run.id != plain.run.id
-    assert final_weights(one) == final_weights(plain)
-    assert same_log(one, plain)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +32,7 @@ def test_the_anchor_changes_every_gap_epochs(tiny, gap, expected):
     assert [method.teacher_at(epoch).epoch for epoch in range(9)] == expected
 
 
-@pytest.mark.parametrize(
-    ("gap", "count"), [(1, 240), (2, 120), (4, 60), (10, 24), (20, 12), (60, 4), (240, 1)]
-)
+@pytest.mark.parametrize(("gap", "count"), [(1, 240), (20, 12), (240, 1)])
 def test_the_number_of_anchors_is_that_of_table_6(gap, count):
     teacher = Run("cifar100", "resnet50", Recipe(240, 64, 0.05))
     found = OneStage(KD(teacher), gap).checkpoints(240)
@@ -119,25 +103,16 @@ def test_each_stage_starts_from_the_weights_of_the_one_before_and_nothing_else(c
 
 def test_a_later_stage_equals_a_plain_pytorch_loop(chain):
     first, second = train(chain)
-    run, images = second.run, load_data("digits").first(128)
-    teacher, recipe = store.find_record(run.method.teacher).model(), run.recipe
-    model = build_model(run.model, classes=10, channels=1)
+    run = second.run
+    teacher, model = store.find_record(run.method.teacher).model(), first_student(run)
     load_weights(model, first.model().state_dict())
-    model.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    for epoch, index, view in batches(run, images):
-        optimizer.param_groups[0]["lr"] = recipe.lr * (recipe.decay if epoch >= 2 else 1)
-        x = images.batch(index, view)
+
+    def losses(x, labels):
         logits = model(x)
-        with torch.no_grad():
-            taught = F.softmax(teacher(x) / 5, 1)
-        kl = (taught * (taught.log() - F.log_softmax(logits / 5, 1))).sum(1).mean()
-        optimizer.zero_grad()
-        (F.cross_entropy(logits, images.labels[index]) + 25 * kl).backward()
-        optimizer.step()
-    trained = second.model().state_dict()
-    for name, expected in model.state_dict().items():
-        torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+        yield F.cross_entropy(logits, labels) + kl(teacher(x), logits, 5)
+
+    train_by_hand(run, losses, (run.recipe, [model]))
+    assert_same_weights(second.model().state_dict(), model)
 
 
 def test_a_resumed_stage_equals_an_uninterrupted_one(chain, assert_resumes, epochs_trained):
@@ -168,17 +143,11 @@ def test_hardness_is_the_relative_rise_of_the_divergence():
     ("anchor", "delta", "expected"),
     [
         (1, 0.8, 3),  # r = 0.2, 0.6, 1.0: epoch 4 is the first that is too hard
-        (1, 1.5, 4),  # … 1.0, 3.0
         (1, 3.5, 7),  # no epoch is too hard; 7 with r = 17 is not tested
-        (2, 0.8, 4),  # r = 1/3, 2/3, 7/3
-        (2, 0.5, 3),
-        (3, 0.8, 4),  # r = 1/4, 3/2
         (4, 0.8, 5),  # r = 1: no progress, so the next epoch
         (4, 1.0, 7),  # r = 1 is not above 1
         (5, 0.8, 7),  # all later epochs are easier than the anchor itself
-        (6, 0.8, 7),  # only 7 follows
         (1, 0.1, 2),  # epoch 2 is too hard; 6 is easier again and does not count
-        (1, -2.0, 2),
     ],
 )
 def test_the_next_anchor_is_the_last_epoch_before_one_too_hard(anchor, delta, expected):
@@ -194,13 +163,10 @@ def test_the_default_of_delta_is_that_of_the_paper():
     ("anchor", "delta", "every", "expected"),
     [
         (1, 0.8, 2, 2),  # 4 is too hard, 3 is no candidate
-        (1, 0.1, 2, 2),
         (1, 0.1, 3, 3),  # 2 is too hard: the next candidate
         (2, 0.5, 2, 4),  # 4 is too hard, 3 is no candidate: no progress
         (4, 0.8, 3, 6),  # 5 is too hard though it is no candidate
         (6, -2.0, 6, 7),  # only the last epoch is left
-        (1, 0.8, 10, 7),
-        (1, 3.5, 2, 7),
     ],
 )
 def test_only_candidates_and_the_last_epoch_become_anchors(anchor, delta, every, expected):

@@ -42,20 +42,8 @@ def test_the_cost_is_that_of_the_pruned_network(name, size, closed):
     network, channels = channels_of(name, size)
     assert channels.total_macs == count_cost(network, size).macs
     kept = remaining(channels, at_random(channels, closed, seed=1))
-    if kept[channels.readers[-1].name].any():
-        assert channels.macs(kept) == cost(network, channels, kept, size)
-    else:
-        assert channels.macs(kept) == 0
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_the_cost_never_rises_as_gates_close_one_by_one(name):
-    _, channels = channels_of(name)
-    order = np.random.default_rng(0).permutation(sum(channels.sizes))
-    costs = [channels.macs(without(channels, *order[:k])) for k in range(len(order) + 1)]
-    assert (np.diff(costs) <= 0).all()
-    assert costs[0] == channels.total_macs
-    assert (costs[-1] == 0) == (not name.startswith("resnet"))
+    left = kept[channels.readers[-1].name].any()
+    assert channels.macs(kept) == (cost(network, channels, kept, size) if left else 0)
 
 
 def test_the_papers_teacher_has_its_gates_and_its_cost():
@@ -113,42 +101,19 @@ def test_gates_of_a_densenet_save_the_difference_unless_an_output_has_no_other_r
     assert differ == {("body.1.2", "body.0.1.conv2"), ("body.2.2", "body.1.5.conv2")}
 
 
-def blocks(depth=100, growth=12):
-    """(inputs, savings of one gate) of every layer of a DenseNet, in order."""
-    inputs, rows = 2 * growth, []
-    for block, area in enumerate((32**2, 16**2, 8**2)):
-        if block:
-            rows.append((inputs, inputs // 2 * (2 * area**0.5) ** 2))
-            inputs //= 2
-        for _ in range((depth - 4) // 6):
-            rows.append((inputs, 4 * growth * area))
-            rows.append((4 * growth, (inputs + 9 * growth) * area))
-            inputs += growth
-    return rows
-
-
 def test_gates_of_the_papers_teacher_save_by_closed_forms():
     """4k·HW at a dense layer, (C_in + 9k)·HW at a bottleneck, C_out·HW at a transition."""
     _, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
-    expected = np.concatenate([np.full(count, saved) for count, saved in blocks()])
-    savings = channels.savings()
-    assert (savings == expected).all()
-    assert {49152, 12288, 3072} <= set(savings.tolist())
-
-
-def test_random_gates_of_the_papers_teacher_save_the_difference_in_cost():
-    network, channels = channels_of("densenet-bc-100-12", 32, classes=10, images=3)
-    kinds, savings, begin = {}, channels.savings(), 0
-    for reader in channels.gated:
-        kind = reader.name.split(".")[-1]
-        alive = reader.channels - (12 if not kind.startswith("conv") else 0)
-        kinds.setdefault(kind, []).extend(range(begin, begin + alive))
-        begin += reader.channels
-    random = np.random.default_rng(0)
-    for gates in kinds.values():
-        gate = random.choice(gates)
-        left = cost(network, channels, without(channels, gate), 32)
-        assert channels.total_macs - left == savings[gate]
+    inputs, growth, expected = 24, 12, []
+    for block, area in enumerate((32**2, 16**2, 8**2)):
+        if block:
+            expected += [inputs // 2 * 4 * area] * inputs
+            inputs //= 2
+        for _ in range(16):
+            expected += [4 * growth * area] * inputs
+            expected += [(inputs + 9 * growth) * area] * 4 * growth
+            inputs += growth
+    assert channels.savings().tolist() == expected
 
 
 # --- remaining channels ---------------------------------------------------------------------------
@@ -160,31 +125,6 @@ def test_remaining_channels_remain():
         kept = remaining(channels, at_random(channels, 0.6, seed))
         again = channels.remaining(kept)
         assert all((again[name] == kept[name]).all() for name in kept)
-
-
-def test_only_outputs_with_a_reader_are_needed():
-    _, channels = channels_of("densenet-bc-16-4")
-    kept = remaining(channels, at_random(channels, 0.5, seed=1))
-    needed = channels.needed(kept)
-    read = {reader.name: [] for reader in channels.readers}
-    for reader in channels.readers:
-        begin = 0
-        for source, count in reader.inputs:
-            if source is not None:
-                read[source].append(kept[reader.name][begin : begin + count])
-            begin += count
-    for name, parts in read.items():
-        if parts:
-            assert (needed[name] == np.any(parts, axis=0)).all()
-
-
-def test_gates_are_split_in_the_order_of_the_layers():
-    _, channels = channels_of("densenet-bc-16-4")
-    flat = np.arange(sum(channels.sizes))
-    parts = channels.split(flat)
-    assert list(parts) == [reader.name for reader in channels.gated]
-    assert np.concatenate(list(parts.values())).tolist() == flat.tolist()
-    assert [len(part) for part in parts.values()] == channels.sizes
 
 
 def test_readers_have_the_inputs_of_their_layers():

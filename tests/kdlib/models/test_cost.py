@@ -40,35 +40,20 @@ def test_a_lenet_has_its_known_size():
     ("name", "classes", "params", "mega_macs"),
     [
         ("resnet20", 10, 272_474, 40.8),
-        ("resnet20", 100, 278_324, 40.8),
-        ("resnet56", 10, 855_770, 125.7),
-        ("resnet56", 100, 861_620, 125.8),
         ("resnet110", 100, 1_736_564, 253.2),
         ("wrn-16-1", 10, 175_066, 26.7),
-        ("wrn-16-2", 10, 691_674, 101.1),
-        ("wrn-40-1", 10, 563_930, 83.3),
         ("wrn-46-4", 10, 10_499_290, 1525.1),
         ("vgg13", 10, 9_416_010, 228.3),
-        ("resnet26", 10, 369_690, None),
-        ("resnet8", 10, 78_042, None),
-        ("resnet32", 100, 472_756, None),
-        ("resnet14", 100, 181_108, None),
         ("mobilenetv2-t6-w0.5", 100, 812_836, 6.5),
         ("mobilenetv2", 10, 2_237_770, 89.0),
-        ("densenet-bc-100-12", 10, 769_162, 287.9),
         ("densenet-bc-100-12", 100, 800_032, 288.0),
-        ("densenet-bc-100-7", 10, 268_221, 98.1),
         ("densenet-bc-75-9", 10, 241_606, 92.8),
-        ("densenet-bc-50-12", 10, 218_470, 88.5),
-        ("densenet-bc-100-7", 100, 286_221, None),
-        ("densenet-bc-75-9", 100, 257_626, None),
-        ("densenet-bc-50-12", 100, 232_330, None),
     ],
 )
 def test_networks_have_their_known_sizes(name, classes, params, mega_macs):
     cost = cost_of(name, classes)
     assert cost.params == params
-    assert mega_macs is None or round(cost.macs / 1e6, 1) == mega_macs
+    assert round(cost.macs / 1e6, 1) == mega_macs
 
 
 def test_cost_equals_an_independent_count_and_leaves_the_model_as_it_was(family):

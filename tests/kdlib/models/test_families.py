@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gated import images, lively
 from torch import nn
 
 from kdlib import build_model
@@ -109,15 +110,8 @@ def preactivation(block, x):
 @pytest.mark.parametrize(("name", "first"), [("wrn-16-2-x0.25", True), ("wrn-16-1", False)])
 def test_wrn_blocks_equal_their_formula(name, first):
     """As wide as its stem, a network has no shortcut in its first stage."""
-    model, generator = build_model(name, 10, seed=0).double().eval(), torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.bias.data.normal_(0, 0.3, generator=generator)
-    x = model.stem(torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator))
-    shortcuts = []
+    model = lively(name, channels=3).double()
+    x, shortcuts = model.stem(images(2, 16, channels=3, dtype=torch.float64)), []
     for block in (block for stage in model.body for block in stage):
         expected, x = preactivation(block, x), block(x)
         torch.testing.assert_close(x, expected)
