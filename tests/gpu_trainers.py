@@ -36,6 +36,7 @@ WITH_PRIOR = {
     "KR + KDGAN": KR(WIDER, prior=SLOWER, posterior=KDGAN(WIDER, **GAN)),
 }
 METHODS = {
+    "CE": RUN.method,
     **WITH_PRIOR,
     "Rocket": RocketLaunching("resnet14-x0.5", SLOWER, kd_weight=0.7),
     "DML": MutualLearning("resnet14-x0.5", SLOWER),
@@ -52,7 +53,6 @@ METHODS = {
     "sparse": Penalised(penalty="sparse", bins=5, every=10),
     "l1": Penalised(penalty="l1"),
 }
-WITH_THRESHOLDS = {"KR", "KR fixed, gamma", "KR + NST", "KR + KDGAN", "sparse"}
 
 
 def advance(trainer, steps):

@@ -67,10 +67,6 @@ def new_trainer(run):
     return Trainer(run, images, load_data(run.data, "test"), CachePool())
 
 
-def interrupted(trainer):
-    raise KeyboardInterrupt
-
-
 def watch_teachers(monkeypatch):
     """The list of all teachers and pretrained modules that steps use from now on."""
     watched = []

@@ -28,18 +28,7 @@ def without_storage(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "resnet20",
-        "resnet50",
-        "mobilenetv2-t6-w0.5",
-        "wrn-16-1",
-        "vgg13",
-        "densenet-bc-22-12",
-        "googlenet",
-        "shufflenetv2",
-        "lenet",
-    ],
+    "name", ["resnet50", "mobilenetv2-t6-w0.5", "densenet-bc-22-12", "googlenet", "lenet"]
 )
 def test_a_forward_pass_has_two_flops_for_every_multiply_accumulate(name):
     network = without_storage(name)
@@ -118,8 +107,6 @@ def test_an_operation_without_a_count_is_an_error():
 STEPS = [  # name, batch, memory seconds eager and compiled, kernels per step eager and compiled
     ("mobilenetv2-t6-w0.5", 64, 0.098, 0.074, 704, 443),
     ("resnet20", 128, 0.101, 0.071, 316, 187),
-    ("resnet56", 128, 0.28, 0.19, 820, None),
-    ("resnet110", 128, 0.55, 0.38, 1576, None),
     ("wrn-16-1", 128, 0.069, 0.048, 220, 131),
     ("densenet-bc-100-12", 128, 2.06, 1.35, 1460, 859),
     ("resnet50", 64, 1.87, 1.36, 742, 443),
@@ -138,7 +125,7 @@ def test_steps_as_counted_by_hand(name, batch, eager, compiled, kernels, fewer):
     for compiles, seconds, count in ((False, eager, kernels), (True, compiled, fewer)):
         work = bounds.training(network, batch, HALF, compiled=compiles)
         assert work.bytes * EPOCH / batch / COPY == pytest.approx(seconds, rel=0.03)
-        assert count is None or work.kernels == pytest.approx(count, rel=0.1)
+        assert work.kernels == pytest.approx(count, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "plain", "fold", "fused", "kernels", "fewer"), PASSES)

@@ -169,15 +169,6 @@ def test_no_file_is_long_and_kdlib_is_small():
     assert counted["kdlib"] <= 4000, dict(counted)
 
 
-def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text(
-        '"""Module.\n\nText."""\n\n# comment\nX = """\ntext\n"""  # two\n\n\n'
-        'def f():\n    """One."""\n    return [\n        1,\n    ]\n'
-    )
-    assert code_lines(path) == 3 + 4
-
-
 # --- generated text and notebooks -----------------------------------------------------------------
 
 

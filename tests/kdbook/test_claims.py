@@ -209,12 +209,6 @@ def test_an_ordering_is_corrected_for_its_number_of_steps(verdict):
     assert verdict(ORDER | {"order": ["a", "b"]}, cells).verdict == "supported"
 
 
-def test_an_ordering_needs_two_seeds_of_each_method(verdict):
-    cells = {"a": seeds(72.0, 72.1), "b": seeds(71.0, 71.1), "c": seeds(69.0, 69.2)}
-    for row, values in cells.items():
-        assert verdict(ORDER, {**cells, row: {0: values[0]}}).verdict == "inconclusive"
-
-
 @pytest.mark.parametrize(
     ("sense", "b", "c", "expected"),
     [

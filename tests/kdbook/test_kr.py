@@ -17,13 +17,6 @@ def test_a_curve_is_read_from_the_record():
     assert table.ce.tolist() == [2.5, 1.25, 0.5]
 
 
-def test_a_curve_has_the_mean_of_each_whole_bin(tiny):
-    run = tiny(epochs=2, model="lenet", method=Penalised(bins=10, every=3), lr=0.01)
-    table = training_curve(train([run])[0])  # ten steps of 24 images
-    assert table.iteration.tolist() == [3, 6, 9]
-    assert (table.ce > 0).all()
-
-
 def test_a_run_without_a_curve_is_refused(tiny):
     trained = train([tiny(epochs=1, model="lenet")])[0]
     with pytest.raises(ValueError, match=r"no curve. Train with Penalised\(\)"):
@@ -61,13 +54,3 @@ def test_sparsity_is_counted_for_each_convolution(lenet):
         norm, root = np.sqrt((w.astype(float) ** 2).sum()), np.sqrt(w.size)
         by_hand = (root - np.abs(w).sum() / norm) / (root - 1)
         assert measured == pytest.approx(by_hand, abs=1e-5)
-
-
-def test_l1_makes_more_negligible_weights_than_no_penalty(tiny):
-    """A step of ±weight never rests at 0, only near 0."""
-    counts = []
-    for penalty in ("none", "l1"):
-        method = Penalised(penalty=penalty, weight=0.01)
-        trained = train([tiny(epochs=12, model="lenet", lr=0.02, method=method)])[0]
-        counts.append(kernel_sparsity(trained).negligible.sum())
-    assert counts[1] > 2 * counts[0]

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +20,6 @@ from kdbook.rco import (
 )
 from kdlib import KD, build_model, load_data, measure, store, train
 from kdlib.engine.plan import mix
-from kdlib.errors import StoreError
 from kdlib.methods import RocketLaunching
 
 
@@ -86,7 +84,7 @@ def test_trajectories_are_the_principal_components_of_all_weights(three):
 
 
 def test_trajectories_start_at_the_origin(three):
-    table = trajectories(*three)
+    table = measure(three, trajectories)
     assert table.run.tolist() == [0] * 4 + [1] * 4 + [2] * 3
     assert table.epoch.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
     first = table[table.epoch == 0]
@@ -99,16 +97,6 @@ def test_the_last_trajectory_ends_at_the_right_and_at_the_top(three):
         end = trajectories(*order).iloc[-1]
         assert min(end.pc1, end.pc2) >= 0
         assert end.pc1 + end.pc2 > 0
-
-
-def test_the_plane_keeps_distances(three):
-    """A run of two points, start and end, has all its variance on the first axis."""
-    run = three[0].run
-    (short,) = train([replace(run, keep=(), recipe=replace(run.recipe, epochs=1))])
-    table = trajectories(short)
-    moved = weights(short.model()) - start(short.run)
-    assert table.pc1.tolist() == pytest.approx([0, np.linalg.norm(moved)], rel=1e-5)
-    assert table.share1[0] == pytest.approx(1)
 
 
 def test_a_trajectory_of_a_later_stage_starts_where_the_stage_starts(tiny):
@@ -129,26 +117,14 @@ def test_runs_of_another_start_are_refused(tiny, other):
             table(*runs)
 
 
-def test_an_epoch_that_was_not_kept_is_named(tiny):
-    (trained,) = train([tiny()])
-    with pytest.raises(StoreError, match=r"epoch-0001\.safetensors"):
-        trajectories(trained)
-
-
 def test_cosines_of_displacements(three):
-    table = displacement_cosines(*three, epoch=2)
+    table = measure(three, displacement_cosines, epoch=2)
     moved = [weights(t.model(2)) - start(t.run) for t in three]
     assert list(zip(table["first"], table["second"], strict=True)) == [(0, 1), (0, 2), (1, 2)]
     for row in table.itertuples():
         a, b = moved[row.first], moved[row.second]
         assert row.cosine == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), rel=1e-5)
         assert 0 < row.cosine < 0.9999
-
-
-def test_trajectories_can_be_measured(three):
-    pd.testing.assert_frame_equal(measure(three, trajectories), trajectories(*three))
-    cosines = measure(three, displacement_cosines, epoch=1)
-    pd.testing.assert_frame_equal(cosines, displacement_cosines(*three, epoch=1))
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -252,20 +228,13 @@ def test_without_a_teacher_there_is_no_divergence(tiny):
 @pytest.mark.parametrize("tau", [5.0, 2.0])
 def test_training_losses_are_those_of_all_training_images(tiny, tau):
     teacher = tiny(epochs=3, model="resnet14-x0.25")
-    student = train([tiny(method=KD(teacher, at=1), seed=1)])[0]
+    run = tiny(epochs=1, batch=64, method=KD(teacher, at=1), seed=1)
+    student = train([replace(run, images=None)])[0]  # more images than one chunk
     table = training_losses(student, **({} if tau == 5.0 else {"temperature": tau}))
-    images = load_data("digits").first(128)
-    x = images.batch(torch.arange(128))
+    images = load_data("digits")
+    x = images.batch(torch.arange(len(images)))
     logits, teacher_logits = student.model()(x), store.find_record(teacher).model()(x)
     assert len(table) == 1
     assert table.ce[0] == pytest.approx(cross_entropy(logits, images.labels), rel=1e-5)
     assert table.kd[0] == pytest.approx(tau**2 * divergence(teacher_logits, logits, tau), rel=1e-4)
     assert student.log.train_ce.iloc[-1] != pytest.approx(table.ce[0], rel=1e-3)
-
-
-def test_training_losses_use_more_than_one_chunk_of_images(tiny):
-    trained = train([replace(tiny(epochs=1, batch=64), images=None)])[0]
-    images = load_data("digits")
-    logits = trained.model()(images.batch(torch.arange(len(images))))
-    expected = cross_entropy(logits, images.labels)
-    assert training_losses(trained).ce[0] == pytest.approx(expected, rel=1e-5)

@@ -9,7 +9,6 @@ from torch import nn
 from kdbook.stc import gradient_cosines
 from kdlib import KD, STC, build_model, load_data, measure, store, train
 from kdlib.engine.plan import mix
-from kdlib.errors import StoreError
 from kdlib.methods import FactorTransfer, Hint, multi_stage, paraphrase
 
 
@@ -92,12 +91,6 @@ def test_stages_behind_the_cut_are_left_out(tiny, wide, cut):
     np.testing.assert_allclose(there.ratio, 1 / back.ratio, rtol=1e-6)
 
 
-def test_the_gradient_of_a_term_agrees_with_itself(tiny, wide):
-    table = gradient_cosines(train([tiny(method=STC(wide))])[0], "ce", "ce", [2])
-    assert table.stage.tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(table[["cosine", "ratio"]], 1, rtol=1e-6)
-
-
 def test_terms_of_other_methods_can_be_compared(tiny, wide):
     paraphraser = paraphrase(wide, wide.recipe)
     methods = [KD(wide), Hint(wide), FactorTransfer(wide, paraphraser=paraphraser)]
@@ -124,21 +117,8 @@ def test_comparing_gradients_changes_nothing(tiny, wide):
     assert torch.equal(torch.get_rng_state(), state)
     assert [path.read_bytes() for path in paths] == before
     torch.manual_seed(99)
-    pd.testing.assert_frame_equal(gradient_cosines(trained, "stc", "ce", [0, 1, 2]), first)
-
-
-def test_cosines_of_gradients_can_be_measured(tiny, wide):
-    trained = train([tiny(method=STC(wide))])[0]
-    options = {"first": "stc", "second": "ce", "epochs": [0, 2]}
-    table = gradient_cosines(trained, **options)
-    for _ in range(2):
-        pd.testing.assert_frame_equal(measure(trained, gradient_cosines, **options), table)
-
-
-def test_gradients_of_an_epoch_that_was_not_kept_are_refused(tiny, wide):
-    trained = train([tiny(method=STC(wide))])[0]
-    with pytest.raises(StoreError, match=r"epoch-0001\.safetensors"):
-        gradient_cosines(trained, "stc", "ce", [1])
+    options = {"first": "stc", "second": "ce", "epochs": [0, 1, 2]}
+    pd.testing.assert_frame_equal(measure(trained, gradient_cosines, **options), first)
 
 
 def test_epoch_0_of_a_later_stage_is_the_start_of_the_stage(tiny, wide):

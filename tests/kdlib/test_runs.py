@@ -108,6 +108,7 @@ def test_a_run_on_a_missing_folder_can_be_made_but_not_named_or_trained(tmp_path
     run = replace(RUN, data=f"folder:{tmp_path / 'missing'}")
     student = replace(run, seed=1, method=KD(run), start=run)
     assert student.teachers == [(run, 3)]
+    assert KD(run, at=3) == KD(run)
     for read in (lambda: run.id, lambda: student.dataset, lambda: train([run])):
         with pytest.raises(DataError, match="missing"):
             read()
@@ -139,17 +140,15 @@ def test_an_impossible_run_is_refused_when_it_is_made(change, error, message):
         replace(RUN, **change)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch": 0}])
-def test_a_recipe_without_epochs_or_images_is_refused(change):
-    with pytest.raises(ValueError, match="at least one"):
-        replace(RECIPE, **change)
-
-
-@pytest.mark.parametrize("at", [0, 4, 9])
-def test_an_epoch_that_the_teacher_does_not_have_is_refused(at):
-    with pytest.raises(ValueError, match=rf"has the epochs 1 to 3, so not epoch {at}"):
-        KD(RUN, at=at)
-
-
-def test_the_last_epoch_of_the_teacher_has_one_name():
-    assert KD(RUN, at=3) == KD_OF_RUN
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(RECIPE, epochs=0), "at least one"),
+        (lambda: replace(RECIPE, batch=0), "at least one"),
+        (lambda: KD(RUN, at=0), "has the epochs 1 to 3, so not epoch 0"),
+        (lambda: KD(RUN, at=4), "has the epochs 1 to 3, so not epoch 4"),
+    ],
+)
+def test_impossible_epochs_and_batches_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

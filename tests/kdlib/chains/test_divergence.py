@@ -37,14 +37,6 @@ def test_the_divergence_is_that_of_eq_6(tiny, options):
     assert min(expected) > 1e-6
 
 
-def test_the_divergence_is_least_from_the_checkpoint_that_the_student_equals(tiny):
-    teacher = with_route(tiny(epochs=3))
-    student = tiny(epochs=1, lr=0.0, method=KD(teacher), start=teacher, momentum=0.0)
-    table = divergence_from_route(train([student])[0])
-    assert table.epoch[table.kl.idxmin()] == 3
-    assert table.kl.min() < 0.1 * table.kl.nsmallest(2).max()
-
-
 def test_other_images_than_the_teachers_are_refused(tiny):
     teacher = with_route(tiny())
     student = replace(tiny(method=KD(teacher)), images=96)

@@ -78,13 +78,6 @@ def test_the_open_channels_of_every_kept_epoch_can_be_measured():
     assert len(set(trained.log.macs)) > 1
 
 
-@pytest.mark.usefixtures("all_is_trained")
-def test_an_epoch_after_the_end_of_a_search_has_no_architecture():
-    trained = store.find_record(search())
-    with pytest.raises(ValueError, match=rf"ended in epoch {trained.epochs}, before epoch 5"):
-        architecture(trained, epoch=5)
-
-
 def test_a_search_above_its_budget_has_found_nothing():
     never = search(epochs=1, strength=1e-6)
     trained = train([never])[0]
@@ -108,8 +101,10 @@ def test_a_network_is_left_however_large_the_strength():
 
 
 @pytest.mark.usefixtures("all_is_trained")
-def test_a_search_that_closed_a_whole_layer_has_found_nothing():
+def test_a_search_has_found_nothing_after_its_end_and_where_it_closed_a_whole_layer():
     trained = store.find_record(search())
+    with pytest.raises(ValueError, match=rf"ended in epoch {trained.epochs}, before epoch 5"):
+        architecture(trained, epoch=5)
     trained.rows[-1]["macs_share"] = 0.0
     with pytest.raises(NothingFound, match=r"nothing is left.*smaller strength"):
         architecture(trained)
@@ -126,7 +121,7 @@ def test_a_random_architecture_costs_no_more_than_allowed(share):
     assert len({architecture.name for architecture in found}) == 5
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_random_architecture_without_shortcuts_is_never_cut(seed):
     run = replace(TEACHER, model="vgg13-x0.03")
     channels = channels_of(run)
@@ -217,12 +212,6 @@ def test_a_clone_of_records_knows_the_found_student(committed, monkeypatch):
     again = train([chain()])[0]
     assert (again.run, again.summary) == (committed.run, committed.summary)
     assert home().name == "fresh"
-
-
-def test_a_clone_of_records_trains_another_student_of_the_search(committed, epochs_trained):
-    other = train([chain(KD(TEACHER))])[0]
-    assert other.run.model == committed.run.model
-    assert {run for run, _ in epochs_trained} == {TEACHER.id, other.run.id}
 
 
 def test_a_clone_without_the_measurements_searches_again(committed):

@@ -1,14 +1,12 @@
 """Evaluation on test images, and logits of the validation images."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from gated import lively
 from helpers import final_weights
 from torch.nn import functional as F
 
-from kdlib import KD, load_data, store, train
+from kdlib import load_data, store, train
 from kdlib.engine import LogitCache
 from kdlib.engine import evaluation as evaluation_module
 from kdlib.engine.evaluation import evaluate, validation_logits
@@ -69,14 +67,6 @@ def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
         assert not torch.equal(logits, exact)
 
 
-def test_logits_are_not_saved_by_default(tiny):
-    trained = train([tiny()])[0]
-    assert "logits" not in trained.summary
-    assert not list(store.folder(trained.run).glob("logits-*"))
-    with pytest.raises(StoreError, match=r"logits-0001\.safetensors does not exist"):
-        store.load_logits(trained, 1)
-
-
 def test_damaged_logits_are_named_renamed_and_made_again(trained):
     before, path = store.load_logits(trained, 1), path_of(trained, 1)
     path.write_bytes(b"damaged")
@@ -96,18 +86,3 @@ def test_logits_that_the_record_does_not_name_are_not_used_but_made_again(traine
         store.load_logits(trained, 1)
     again = train([trained.run], weights=True)[0]
     assert torch.equal(store.load_logits(again, 1), before)
-
-
-def test_a_run_asked_later_for_its_logits_is_trained_again_to_the_same_weights(
-    tiny, epochs_trained
-):
-    run, student = tiny(), tiny(method=KD(tiny()), seed=1)
-    first, taught = train([run, student])
-    epochs_trained.clear()
-    second = train([run, replace(run, save_logits=True), run])
-    assert epochs_trained == [(run.id, 1), (run.id, 2)]
-    assert {final_weights(trained) for trained in second} == {final_weights(first)}
-    assert all(store.holds_logits(trained) for trained in second)
-    epochs_trained.clear()
-    assert train([run, student])[1].summary == taught.summary
-    assert epochs_trained == []

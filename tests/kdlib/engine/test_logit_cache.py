@@ -55,10 +55,13 @@ every_place = pytest.mark.parametrize("place", ["cpu", "cpu:0"])
 
 
 def test_cached_logits_equal_computed_ones_to_the_bit(requests, make_cache):
-    cache = make_cache()
+    cache, without = make_cache(), make_cache(None)
     assert cache.chunk == 64
     for index, view in requests:
-        assert torch.equal(cache.logits(index, view), cache.compute(index, view))
+        computed = cache.compute(index, view)
+        assert torch.equal(cache.logits(index, view), computed)
+        assert torch.equal(without.logits(index, view), computed)
+    assert without.known is None
 
 
 def test_logits_are_those_of_the_teacher_for_these_views(
@@ -111,13 +114,6 @@ def test_a_request_may_name_one_view_twice(make_cache):
     twice = make_cache().logits(torch.tensor([3, 5, 3]), torch.tensor([2, 0, 2]))
     assert torch.equal(twice[0], twice[2])
     assert not torch.equal(twice[0], twice[1])
-
-
-def test_a_cache_without_a_table_gives_the_same_logits(requests, make_cache):
-    cache, without = make_cache(), make_cache(None)
-    for index, view in requests:
-        assert torch.equal(cache.logits(index, view), without.logits(index, view))
-    assert without.known is None
 
 
 def test_rows_for_a_table_elsewhere_are_written_at_the_next_read(requests, make_cache):

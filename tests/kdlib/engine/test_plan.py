@@ -56,13 +56,6 @@ def test_batches_of_several_epochs_are_one_stream_of_plans(n, batch):
         assert torch.equal(got.flatten(), expected[: steps * batch])
 
 
-@pytest.mark.parametrize(("n", "batch"), CASES)
-def test_every_image_comes_once_per_epoch(n, batch):
-    images, _ = stream(0, 5, n, batch)
-    for epoch in images.flatten().split(n):
-        assert len(epoch.unique()) == len(epoch)
-
-
 def test_a_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(ValueError, match="batch of 129 is larger than the data set of 128"):
         epoch_batches(0, 0, 128, 9, 129)

@@ -5,29 +5,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-from helpers import final_weights, interrupted, new_trainer, same_log, truncate
+from helpers import final_weights, new_trainer, same_log, truncate
 
-from kdlib import KD, Checkpoint, Penalised, store, train
-from kdlib.engine import trainer as trainer_module
-from kdlib.engine.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Route(KD):
-    """Each epoch learns from the teacher's checkpoint of the same epoch."""
-
-    def teacher_at(self, epoch):
-        return Checkpoint(self.teacher, epoch + 1)
+from kdlib import KD, OneStage, Penalised, store, train
 
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny, elsewhere, train_until, epochs_trained, stop
 ):
-    method = Route(tiny(epochs=4))
+    method = OneStage(KD(tiny(epochs=4)), gap=1)
     run = tiny(epochs=4, milestones=(2,), method=method, keep=(1,), save_logits=True, seed=1)
     (expected,) = elsewhere(run)
     train_until(run, stop)
@@ -40,38 +30,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert store.holds_logits(resumed)
 
 
-def test_an_interruption_within_an_epoch_costs_only_that_epoch(
-    tiny, elsewhere, monkeypatch, epochs_trained
-):
-    run = tiny(epochs=3)
-    (expected,) = elsewhere(run)
-    monkeypatch.setattr(trainer_module, "SAVING_SHARE", 1e9)  # save after every epoch
-    step, epochs_trained[:] = Trainer.step, []
-
-    def stopped(trainer):
-        step(trainer)
-        if trainer.epoch == 1 and trainer.data.cursor == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train([run])
-    resumed = train([run])[0]
-    assert [epoch for _, epoch in epochs_trained] == [1, 2, 2, 3]
-    assert final_weights(resumed) == final_weights(expected)
-    assert same_log(resumed, expected)
-
-
 def test_a_damaged_resume_state_is_named_and_the_run_starts_from_the_beginning(
-    tiny, elsewhere, monkeypatch, epochs_trained
+    tiny, elsewhere, train_until, epochs_trained
 ):
     run = tiny(epochs=3)
     (expected,) = elsewhere(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "close", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train([run])
+    train_until(run, 2)
     state = store.folder(run) / "state.safetensors"
     truncate(state)
     epochs_trained.clear()
@@ -155,9 +119,6 @@ def test_a_run_does_not_inherit_the_curve_of_the_run_it_starts_from(tiny):
     state = new_trainer(second).state
     assert not state.curve.any()
     assert not state.curve_steps.any()
-    curves = [trained.summary["curve"]["ce"] for trained in train([first, second])]
-    assert [len(curve) for curve in curves] == [3, 3]
-    assert curves[1][0] < curves[0][0]
 
 
 # --- processes ------------------------------------------------------------------------------------
