@@ -257,9 +257,7 @@ class Run:
         if (start := self.start) and not start.method.standalone:
             raise ValueError(f"No run starts from a {start.model} that needs auxiliary modules.")
         if start and (start.data, start.model) != (self.data, self.model):
-            raise ValueError(
-                f"start is no {self.model} on {self.data}: {start.model}, {start.data}"
-            )
+            raise ValueError(f"start is a {start.model} on {start.data}, unlike its run.")
 
     @property
     def dataset(self) -> str:

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from kdbook.provenance import current_commit, notebook_of
-from kdlib import files
+from kdbook.provenance import current_commit, notebook_of, of_runs
+from kdlib import files, train
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,11 @@ def test_a_notebook_is_found_by_its_exhibit():
     assert notebook_of("rco/table2").name == "03_table2.ipynb"
     assert notebook_of("book/start_here") == files.ROOT / "notebooks/00_start_here.ipynb"
     assert notebook_of("rco/missing") == files.ROOT / "notebooks/rco/missing.ipynb"
+
+
+def test_a_folder_is_named_without_its_path(tiny, photos):
+    (trained,) = train([tiny(data=f"folder:{photos()}", batch=4)])
+    about = of_runs([trained])
+    assert about["data"] == "photos"
+    assert about["data_sets"] == [trained.run.dataset]
+    assert about["data_sets"][0].startswith("photos@")

@@ -131,8 +131,8 @@ def test_a_run_of_a_missing_architecture_can_be_made_and_named_but_not_trained()
         ({"model": "resnet9@0123456789ab"}, UnknownName, "resnet"),
         ({"keep": (4,)}, ValueError, r"\[4\] to keep are not within 3 epochs"),
         ({"keep": (0,)}, ValueError, r"\[0\] to keep"),
-        ({"start": replace(RUN, model="resnet14")}, ValueError, "resnet8 on digits cannot start"),
-        ({"start": replace(RUN, data="mnist")}, ValueError, "resnet8 on digits cannot start"),
+        ({"start": replace(RUN, model="resnet14")}, ValueError, "unlike its run"),
+        ({"start": replace(RUN, data="mnist")}, ValueError, "unlike its run"),
     ],
 )
 def test_an_impossible_run_is_refused_when_it_is_made(change, error, message):
@@ -152,3 +152,20 @@ def test_an_impossible_run_is_refused_when_it_is_made(change, error, message):
 def test_impossible_epochs_and_batches_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_two_spellings_of_a_folder_make_equal_runs(photos, monkeypatch):
+    folder = photos()
+    monkeypatch.chdir(folder.parent)
+    one, *others = (
+        Run(f"folder:{path}", "resnet8", RECIPE)
+        for path in (folder, f"{folder}/../{folder.name}", folder.name)
+    )
+    assert all(other == one and other.id == one.id for other in others)
+    assert Run(one.data, "resnet8", RECIPE, start=others[0]).start == one
+
+
+def test_errors_of_a_run_on_a_missing_folder_read_no_file():
+    missing = Run("folder:/nowhere", "resnet8", RECIPE)
+    with pytest.raises(ValueError, match="unlike its run"):
+        replace(missing, model="resnet14", start=missing)

@@ -17,6 +17,7 @@ def a_new_process(monkeypatch):
     """Nothing was computed before, and no measurement was used before."""
     calls.clear()
     monkeypatch.setattr(measurements, "_used", type(measurements._used)(set))
+    monkeypatch.setattr(measurements, "_measured", {})
 
 
 def count_weights(trained, times=1):
@@ -55,6 +56,19 @@ def test_other_options_and_other_weights_are_measured_anew(tiny, trained):
     assert calls == [3, 4, 3, 3, 3]
 
 
+def test_two_functions_of_one_name_and_functions_without_a_name_are_refused(trained):
+    measure(trained, count_weights)
+
+    def other(trained):
+        return pd.DataFrame({"weights": [0]})
+
+    other.__name__ = "count_weights"
+    with pytest.raises(ValueError, match="Version 1 of count_weights names .* another"):
+        measure(trained, other)
+    with pytest.raises(ValueError, match="lambda"):
+        measure(trained, lambda trained: pd.DataFrame())
+
+
 def test_the_key_depends_on_the_functions_name_and_version_and_not_on_its_body(trained):
     first = measure(trained, count_weights)
 
@@ -64,6 +78,7 @@ def test_the_key_depends_on_the_functions_name_and_version_and_not_on_its_body(t
         return count_weights(trained, times)
 
     edited.__name__ = "count_weights"
+    measurements._measured.clear()  # in a later process
     assert measure(trained, edited).equals(first)
     edited.version = 1
     assert measure(trained, edited).equals(first)
@@ -115,6 +130,7 @@ def test_a_clone_finds_committed_measurements(trained, only_records):
 def test_only_measurements_that_this_process_used_are_copied(trained, tmp_path, monkeypatch):
     measure(trained, count_weights, times=3)
     monkeypatch.setattr(measurements, "_used", type(measurements._used)(set))
+    monkeypatch.setattr(measurements, "_measured", {})
     measure(trained, count_weights, times=4)
     store.copy_record(trained, tmp_path / "copy")
     name = measurements.measurement_name([trained], "count_weights", 1, {"times": 4})
