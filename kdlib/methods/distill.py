@@ -103,7 +103,8 @@ class KD(OnLogits):
 class Wrapper(Method):
     """A method around another, ``inner``.
 
-    ``inner`` answers all questions that a subclass does not, but for the choice of the teacher.
+    Attributes and methods that a subclass does not define come from ``inner``. Only the choice of
+    the teacher does not.
     """
 
     @property

@@ -202,7 +202,9 @@ class FSP(OnFeatures):
 
     def check(self, run):
         models = (run.model, self.teacher.model)
-        if not any(MARK in model for model in models):  # whose files are read when they are trained
+        if not any(
+            MARK in model for model in models
+        ):  # a found network is compared when it is built
             self._compare(run.model, *(_widths(model) for model in models))
 
     def aux_modules(self, student, teacher, x):

@@ -63,7 +63,7 @@ def test_two_functions_of_one_name_and_functions_without_a_name_are_refused(trai
         return pd.DataFrame({"weights": [0]})
 
     other.__name__ = "count_weights"
-    with pytest.raises(ValueError, match="Version 1 of count_weights names .* another"):
+    with pytest.raises(ValueError, match=r"Version 1 of count_weights names .* another"):
         measure(trained, other)
     with pytest.raises(ValueError, match="lambda"):
         measure(trained, lambda trained: pd.DataFrame())
