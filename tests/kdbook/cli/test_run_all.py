@@ -12,7 +12,7 @@ import nbformat
 import psutil
 import pytest
 
-from kdbook.cli import run_all
+from kdbook.cli import forecast, run_all
 from kdbook.cli.notebooks import ROOT, all_notebooks
 from kdbook.profiles import PROFILES
 
@@ -103,14 +103,19 @@ def test_a_wrong_variable_is_refused_too(parse, capsys, monkeypatch):
     assert "KDLIB_PARALLEL: 'many' is not a whole number" in capsys.readouterr().err
 
 
-def test_dry_run_names_the_jobs_and_runs_none(tmp_path):
-    done = call("--dry-run", "--only", "rco/table3")
-    assert done.returncode == 0, done.stderr
-    assert "would run rco/table3" in done.stdout
-    assert "rco/table1" not in done.stdout
+def test_dry_run_names_the_jobs_and_runs_none(tmp_path, monkeypatch, capsys):
+    some = [n for n in all_notebooks() if n.exhibit in ("rco/table3", "rco/table1")]
+    monkeypatch.setattr(forecast, "all_notebooks", lambda: some)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    monkeypatch.setenv("KDLIB_GPUS", "")
+    monkeypatch.setattr(sys, "argv", ["run_all", "--dry-run", "--only", "rco/table3"])
+    assert run_all.main() == 0
+    printed = capsys.readouterr().out
+    assert "would run rco/table3" in printed
+    assert "rco/table1" not in printed
     assert not list(tmp_path.rglob("*.ipynb"))
-    for profile_name in PROFILES:
-        assert re.search(rf"^{profile_name} +\d", done.stdout, re.MULTILINE)
+    students = [re.search(rf"^{name} +(\d+)", printed, re.MULTILINE)[1] for name in PROFILES]
+    assert students[0] == "8"  # the runs of Table 1
 
 
 def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, monkeypatch):

@@ -125,9 +125,9 @@ def test_a_compiled_run_equals_an_eager_one(tiny, elsewhere, compiled, monkeypat
 
 
 def test_the_gated_network_of_a_search_is_compiled(tiny, compiled):
-    dense = tiny(epochs=1, model="densenet-bc-16-4")
+    dense = tiny(epochs=1)
     method = GateSearch(dense, budget=0.9, strength=0.5, rate=0.05)
-    train([tiny(method=method, model="densenet-bc-16-4", start=dense)])
+    train([tiny(epochs=1, method=method, start=dense)])
     assert "with_weights" in compiled.methods
 
 
