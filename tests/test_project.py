@@ -151,7 +151,7 @@ class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {
             "pandas", "matplotlib", "seaborn", "IPython", "jupyterlab", "papermill", "snakemake",
-            "sklearn",
+            "sklearn", "scipy", "yaml",
         }:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())

@@ -202,9 +202,7 @@ class FSP(OnFeatures):
 
     def check(self, run):
         models = (run.model, self.teacher.model)
-        if not any(
-            MARK in model for model in models
-        ):  # a found network is compared when it is built
+        if not any(MARK in model for model in models):  # found networks: compared when built
             self._compare(run.model, *(_widths(model) for model in models))
 
     def aux_modules(self, student, teacher, x):
