@@ -116,8 +116,9 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(chain, assert_resumes, epoc
 
 
 def test_the_first_stage_keeps_the_start_of_the_student(tiny):
-    student = tiny(method=KD(tiny()), start=tiny(seed=3))
-    assert multi_stage(student, [1, 2])[0].start == tiny(seed=3)
+    student = tiny(method=KD(tiny()), start=tiny(seed=3), keep=(1,))
+    first = multi_stage(student, [1, 2])[0]
+    assert (first.start, first.keep) == (tiny(seed=3), ())
 
 
 # --- the next anchor ------------------------------------------------------------------------------
