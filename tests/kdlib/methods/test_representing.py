@@ -199,7 +199,9 @@ def test_the_posterior_gets_the_logits_of_the_same_checkpoint(
             torch.testing.assert_close(logits, models[epoch](x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "needed"), [("CrossEntropy", False), ("KD", True)])
+@pytest.mark.parametrize(
+    ("name", "needed"), [("CrossEntropy", False), ("NST", False), ("KD", True)]
+)
 def test_logits_are_computed_only_for_a_posterior_that_reads_them(
     tiny, narrow, computed_logits, name, needed
 ):
