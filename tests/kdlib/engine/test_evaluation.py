@@ -52,10 +52,6 @@ def trained(tiny):
     return train([tiny(save_logits=True)])[0]
 
 
-def path_of(trained, epoch):
-    return store.folder(trained.run) / f"logits-{epoch:04d}.safetensors"
-
-
 def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
     trained = train([tiny(epochs=3, keep=(1, 2), save_logits=True)])[0]
     x = load_data("digits").first(128).batch(validation(128))
@@ -68,7 +64,8 @@ def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
 
 
 def test_damaged_logits_are_named_renamed_and_made_again(trained):
-    before, path = store.load_logits(trained, 1), path_of(trained, 1)
+    before = store.load_logits(trained, 1)
+    path = store.folder(trained.run) / "logits-0001.safetensors"
     path.write_bytes(b"damaged")
     with pytest.raises(StoreError, match=f"{path} is damaged"):
         store.load_logits(trained, 1)
