@@ -164,15 +164,11 @@ def test_the_best_of_several_measurements():
     assert Ceilings.best(measured) == Ceilings(2.0, 20.0, 0.3)
 
 
-@pytest.fixture
-def small_ceilings(monkeypatch):
+def test_the_roofline_measures_a_student_and_a_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "COPIED", {"cpu": 1 << 18})
     monkeypatch.setattr(ceilings, "SIDE", {"cpu": 128})
     monkeypatch.setattr(ceilings, "CONVOLVED", {"cpu": (1, 4)})
     monkeypatch.setattr(ceilings, "CHANNELS", 32)
-
-
-def test_the_roofline_measures_a_student_and_a_teacher(small_ceilings, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "STUDENTS", [roofline.Case("resnet8-x0.25", 8)])
     monkeypatch.setattr(roofline, "DENSENET", {"cpu": roofline.Case("densenet-bc-10-4", 8)})
     monkeypatch.setattr(roofline, "TEACHERS", [roofline.Case("resnet8-x0.25", None)])

@@ -98,9 +98,8 @@ def test_the_shown_table_has_the_papers_rows_and_numbers_beside_ours(table2, tra
     table = table2.table()
     assert list(table.index) == ["T-Softmax", "S-Softmax", "S-KD", "S-RCO"]
     assert table["top1 (%)", "paper"].tolist() == ["79.34", "61.88", "68.71", "70.85"]
-    values = np.array([t.final["test_top1"] for t in trained[1]])
-    ours = table["top1 (%)", "ours, smoke"]
-    assert ours["S-KD"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f} (2)"
+    values, ours = [t.final["test_top1"] for t in trained[1]], table["top1 (%)", "ours, smoke"]
+    assert ours["S-KD"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (2)"
     assert ours["T-Softmax"] == "–"
     assert table["mflops", "paper"].tolist() == ["2600", "13.5", "13.5", "13.5"]
     assert table["mflops", "ours, smoke"].tolist() == ["–", "–", "13.5", "–"]

@@ -14,31 +14,21 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["write", "replace"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, where):
-    path = tmp_path / "file"
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fails", ["write", "replace", "interrupt"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, fails):
+    path, write = tmp_path / "file", Path.write_bytes
     files.write_atomic(path, "old")
-    if where == "replace":
-        monkeypatch.setattr(os, "replace", no_space)
+    stop = interrupt if fails == "interrupt" else no_space
+    if fails == "replace":
+        monkeypatch.setattr(os, "replace", stop)
     else:
-        write = Path.write_bytes
-        monkeypatch.setattr(Path, "write_bytes", lambda p, b: (write(p, b[:1]), no_space()))
-    with pytest.raises(StoreError, match=f"Cannot write {path}: No space left.*free some space"):
+        monkeypatch.setattr(Path, "write_bytes", lambda p, b: (write(p, b[:1]), stop()))
+    message = None if fails == "interrupt" else f"Cannot write {path}: No space left.*free some"
+    with pytest.raises(StoreError if message else KeyboardInterrupt, match=message):
         files.write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    files.write_atomic(path, "old")
-
-    def interrupt():
-        with files.replacing(path) as temporary:
-            temporary.write_text("half of the ne")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

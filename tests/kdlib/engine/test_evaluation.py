@@ -52,10 +52,6 @@ def trained(tiny):
     return train([tiny(save_logits=True)])[0]
 
 
-def path_of(trained, epoch):
-    return store.folder(trained.run) / f"logits-{epoch:04d}.safetensors"
-
-
 def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
     trained = train([tiny(epochs=3, keep=(1, 2), save_logits=True)])[0]
     x = load_data("digits").first(128).batch(validation(128))
@@ -67,22 +63,18 @@ def test_logits_of_every_epoch_are_saved_in_half_precision(tiny):
         assert not torch.equal(logits, exact)
 
 
-def test_damaged_logits_are_named_renamed_and_made_again(trained):
-    before, path = store.load_logits(trained, 1), path_of(trained, 1)
-    path.write_bytes(b"damaged")
-    with pytest.raises(StoreError, match=f"{path} is damaged"):
+@pytest.mark.parametrize("damaged", [True, False])
+def test_logits_that_are_damaged_or_not_those_of_the_record_are_made_again(trained, damaged):
+    before = store.load_logits(trained, 1)
+    path = store.folder(trained.run) / "logits-0001.safetensors"
+    if damaged:
+        path.write_bytes(b"damaged")
+    else:
+        store.save_logits(trained.run, 1, torch.zeros(25, 10))
+    message = f"{path} is damaged" if damaged else "does not hold the logits that the record"
+    with pytest.raises(StoreError, match=message):
         store.load_logits(trained, 1)
-    assert not path.exists()
-    assert path.with_suffix(".damaged").exists()
-    again = train([trained.run])[0]
+    assert path.with_suffix(".damaged").exists() == damaged != path.exists()
+    again = train([trained.run], weights=not damaged)[0]
     assert torch.equal(store.load_logits(again, 1), before)
     assert final_weights(again) == final_weights(trained)
-
-
-def test_logits_that_the_record_does_not_name_are_not_used_but_made_again(trained):
-    before = store.load_logits(trained, 1)
-    store.save_logits(trained.run, 1, torch.zeros(25, 10))
-    with pytest.raises(StoreError, match="does not hold the logits that the record"):
-        store.load_logits(trained, 1)
-    again = train([trained.run], weights=True)[0]
-    assert torch.equal(store.load_logits(again, 1), before)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 
@@ -12,8 +11,6 @@ from kdlib.engine.plan import plan
 from kdlib.engine.train import CACHES
 from kdlib.methods import STC, AttentionTransfer, FactorTransfer, Hint, paraphrase
 from kdlib.methods.route import OneStage, multi_stage
-
-train_module = import_module("kdlib.engine.train")
 
 
 def simulated(runs):

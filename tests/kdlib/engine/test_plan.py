@@ -8,14 +8,6 @@ import torch
 
 from kdlib.engine.plan import epoch_batches, mix, plan, validation
 
-CASES = [(128, 24), (10, 7), (10, 10), (50, 1), (9, 4), (1438, 64)]
-
-
-def stream(seed, epochs, n, batch, views=162):
-    """All batches of several epochs, one after another."""
-    parts = [epoch_batches(seed, epoch, n, views, batch) for epoch in range(epochs)]
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
-
 
 @pytest.mark.parametrize(
     "draw", [lambda: plan(3, 5, n=1000, views=162), lambda: (validation(1000),)]
@@ -44,14 +36,18 @@ def test_seeds_and_epochs_do_not_collide():
     assert not any(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize(("n", "batch"), CASES)
+@pytest.mark.parametrize(
+    ("n", "batch"), [(128, 24), (10, 7), (10, 10), (50, 1), (9, 4), (1438, 64)]
+)
 def test_batches_of_several_epochs_are_one_stream_of_plans(n, batch):
     epochs = 5
     plans = [
         torch.cat(part) for part in zip(*(plan(7, e, n, 162) for e in range(epochs)), strict=True)
     ]
     steps = epochs * n // batch
-    for got, expected in zip(stream(7, epochs, n, batch), plans, strict=True):
+    batched = [epoch_batches(7, epoch, n, 162, batch) for epoch in range(epochs)]
+    for parts, expected in zip(zip(*batched, strict=True), plans, strict=True):
+        got = torch.cat(parts)
         assert got.shape == (steps, batch)
         assert torch.equal(got.flatten(), expected[: steps * batch])
 

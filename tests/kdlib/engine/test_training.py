@@ -139,10 +139,11 @@ def test_a_mapping_of_rows_gives_a_mapping_of_results(tiny):
 # --- losses that are not finite -------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_its_run_alone(tiny):
-    bad, good = tiny(lr=1e30), tiny(seed=1)
+def test_losses_that_are_not_finite_stop_their_runs_alone_and_are_reported_together(tiny):
+    bad, worse, good = tiny(lr=1e30), tiny(lr=1e30, seed=2), tiny(seed=1)
     with pytest.raises(NotFinite) as stop:
-        train([bad, good])
+        train([bad, worse, good])
+    assert [worse.id in note for note in stop.value.__notes__] == [True]
     for word in ("train_loss", str(bad), "epoch 1", "learning rate"):
         assert word in str(stop.value)
     assert store.find_record(bad) is None
@@ -159,13 +160,6 @@ def test_the_students_of_a_failed_teacher_are_not_trained(tiny, epochs_trained):
         results = train(runs, partial=True)
     assert [trained and trained.run for trained in results] == [None, good, None]
     assert {run for run, _ in epochs_trained} == {bad.id, good.id}
-
-
-def test_all_errors_are_reported_together(tiny):
-    first, second = tiny(lr=1e30), tiny(lr=1e30, seed=1)
-    with pytest.raises(NotFinite, match=first.id) as stop:
-        train([first, second])
-    assert [second.id in note for note in stop.value.__notes__] == [True]
 
 
 def test_the_last_finite_epoch_is_kept_after_a_loss_that_is_not_finite(tiny, epochs_trained):

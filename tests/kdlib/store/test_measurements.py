@@ -120,13 +120,6 @@ def test_a_damaged_measurement_is_computed_again(trained):
     assert calls == [1, 1]
 
 
-def test_a_clone_finds_committed_measurements(trained, only_records):
-    first = measure(trained, count_weights)
-    only_records(trained)
-    assert measure(train([trained.run])[0], count_weights).equals(first)
-    assert calls == [1]
-
-
 def test_only_measurements_that_this_process_used_are_copied(trained, tmp_path, monkeypatch):
     measure(trained, count_weights, times=3)
     monkeypatch.setattr(measurements, "_used", type(measurements._used)(set))
