@@ -199,7 +199,8 @@ def test_without_noise_the_losses_are_those_of_the_log(tiny):
     assert table.kl.tolist() == pytest.approx([student.final["test_kl"]] * 2, rel=1e-4)
 
 
-def test_student_and_teacher_see_the_same_noise(tiny):
+def test_student_and_teacher_see_the_same_noise(tiny, monkeypatch):
+    monkeypatch.setattr("kdbook.rco.CHUNK", 30)
     teacher = tiny(model="resnet14-x0.25")
     student = train([tiny(method=KD(teacher, at=1), seed=1)])[0]
     table = noise_losses(student, [0.2, 0.9], draws=2, count=50)
