@@ -255,13 +255,13 @@ class Run:
         if not self.method.standalone and self.save_logits:
             raise ValueError(f"A {self.model} that needs auxiliary modules saves no logits.")
         if (start := self.start) and not start.method.standalone:
-            raise ValueError(f"No run starts from a {start.model} that needs auxiliary modules.")
+            raise ValueError(f"start cannot be a {start.model} that needs auxiliary modules.")
         if start and (start.data, start.model) != (self.data, self.model):
-            raise ValueError(f"start is a {start.model} on {start.data}, unlike its run.")
+            raise ValueError(f"start must be a {self.model} on {self.data}, as this run.")
 
     @property
     def dataset(self) -> str:
-        """The name of the data set on every machine: of a folder its own name and content hash."""
+        """The data set's name on every machine; a folder's name has a hash of its images."""
         if not (self._named and self._named[0] == self.data):
             object.__setattr__(self, "_named", (self.data, canonical_name(self.data)))
         return self._named[1]
@@ -273,12 +273,12 @@ class Run:
 
     @cached_property
     def description(self) -> dict:
-        """The content of the id as plain JSON."""
+        """All fields as plain JSON. The id is a hash of them and of ENGINE_VERSION."""
         return describe(self)
 
     @cached_property
     def teachers(self) -> list[Checkpoint]:
-        """The checkpoints that teach this run, and those whose modules its method uses."""
+        """The checkpoints that teach this run, and those that give modules to its method."""
         lenders = {Checkpoint(run, run.recipe.epochs) for run in self.method.pretrained().values()}
         return [*self.method.checkpoints(self.recipe.epochs), *lenders]
 
@@ -290,7 +290,7 @@ class Run:
 
     @property
     def epochs_before(self) -> int:
-        """Epochs of the runs that this one starts from. The order of images continues there."""
+        """Epochs in the chain of ``start`` runs. The order of images continues after them."""
         return self.start.epochs_before + self.start.recipe.epochs if self.start else 0
 
     def __str__(self) -> str:

@@ -47,7 +47,7 @@ KINDS = {
 FOLDER_KIND = Kind(4, True, (), ())
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 
-# The folder of every canonical name that this process has computed.
+# For each canonical name that this process has computed, its image folder.
 _folders: dict[str, Path] = {}
 
 
@@ -56,8 +56,8 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
 
     Args:
         name: ``digits``, ``cifar10``, ``cifar100``, ``mnist`` or ``folder:<path>`` with images in
-            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``; images of other sizes are resized to
-            32x32. The suffix ``+noise<deviation>`` or ``+blur<deviation>`` distorts every image.
+            ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``; they are resized to 32x32.
+            The suffix ``+noise<deviation>`` or ``+blur<deviation>`` distorts every image.
         split: ``train`` or ``test``.
 
     Raises:
@@ -70,7 +70,7 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
 
 
 def check_name(name: str) -> str:
-    """The name, with an absolute path to a folder; no file is read. Raises UnknownName."""
+    """The name; the path of a folder becomes absolute. Reads no file. Raises UnknownName."""
     base, distortion = split_name(name)
     if base.startswith("folder:"):
         base = "folder:" + os.path.abspath(os.path.expanduser(base.removeprefix("folder:")))
@@ -80,7 +80,7 @@ def check_name(name: str) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a data set on every machine: of a folder, its own name and a hash of its images.
+    """The data set's name, the same on every machine; for a folder, with a hash of its images.
 
     The ids of runs contain this name, so it does not contain the path. Reads the folder, and
     raises the errors of ``load_data``.
@@ -101,7 +101,7 @@ def count_views(name: str) -> int:
 
 
 def display_name(name: str) -> str:
-    """The name for tables and figures: of a folder, its own name without path and hash."""
+    """The name for tables and figures. A folder has neither path nor hash there."""
     base, distortion = split_name(name)
     folder = base.removeprefix("folder:").rstrip("/").rpartition("/")[2]
     return re.sub("@[0-9a-f]{12}$", "", folder) + distortion
@@ -159,8 +159,8 @@ def _torchvision(name: str, split: str, fetch: bool = False) -> tuple:
 
     root = files.data_root()
     advice = (
-        f"Download it with `python -m kdlib.data {name}`, copy torchvision's files to {root}, set "
-        f"KDLIB_DATA to their folder, or use `./run_all.sh --data {name}=folder:PATH`."
+        f"Download it with `python -m kdlib.data {name}`, or copy torchvision's files to {root}, "
+        f"or set KDLIB_DATA to their folder, or use `./run_all.sh --data {name}=folder:PATH`."
     )
     try:
         kind = getattr(torchvision.datasets, TORCHVISION[name])
@@ -178,12 +178,12 @@ def _folder(name: str, split: str) -> tuple:
     content = name.rpartition("@")[2]
     if name not in _folders:
         raise DataError(
-            f"The run needs the image folder {display_name(name)!r} (content {content}); its path "
-            f"is unknown. Call `load_data('folder:PATH')` first, or use `--data NAME=folder:PATH`."
+            f"The run needs the image folder {display_name(name)!r} (hash of images: {content}). "
+            f"Its path is unknown: call `load_data('folder:PATH')` first."
         )
     cache = _folder_cache(_folders[name])
     if not cache["content"].startswith(content):
-        raise DataError(f"{_folders[name]} has changed since the run was defined on {name}.")
+        raise DataError(f"{_folders[name]} has changed since {name}. Make the run again.")
     with safe_open(cache["file"], "np") as tensors:
         pixels, labels = (tensors.get_tensor(f"{split}_{part}") for part in ("pixels", "labels"))
     kind = FOLDER_KIND._replace(mean=tuple(cache["mean"]), std=tuple(cache["std"]))

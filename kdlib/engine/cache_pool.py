@@ -115,7 +115,7 @@ class CachePool:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes for this process; of the host's memory, one part for each GPU's notebook."""
+    """Bytes for this process: all of a GPU; of the host an equal share for each of KDLIB_GPUS."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from kdlib.models.staged import PoolAndClassify, Staged, conv_norm_relu, initialise
 
 STEM = 192
-# The widths of each inception block: 1x1; before and of the 3x3; before and of the two 3x3 (in the
-# place of a 5x5); after the pooling. One row per stage.
+# Six widths for each inception block: the 1x1 branch; the 3x3 branch (1x1, then 3x3); the branch of
+# two 3x3, which replaces 5x5 (1x1, then both 3x3); the pooling branch. One row for each stage.
 STAGES = (
     ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
     (

@@ -131,8 +131,8 @@ def test_a_run_of_a_missing_architecture_can_be_made_and_named_but_not_trained()
         ({"model": "resnet9@0123456789ab"}, UnknownName, "resnet"),
         ({"keep": (4,)}, ValueError, r"\[4\] to keep are not within 3 epochs"),
         ({"keep": (0,)}, ValueError, r"\[0\] to keep"),
-        ({"start": replace(RUN, model="resnet14")}, ValueError, "unlike its run"),
-        ({"start": replace(RUN, data="mnist")}, ValueError, "unlike its run"),
+        ({"start": replace(RUN, model="resnet14")}, ValueError, "start must be a"),
+        ({"start": replace(RUN, data="mnist")}, ValueError, "start must be a"),
     ],
 )
 def test_an_impossible_run_is_refused_when_it_is_made(change, error, message):
@@ -167,5 +167,5 @@ def test_two_spellings_of_a_folder_make_equal_runs(photos, monkeypatch):
 
 def test_errors_of_a_run_on_a_missing_folder_read_no_file():
     missing = Run("folder:/nowhere", "resnet8", RECIPE)
-    with pytest.raises(ValueError, match="unlike its run"):
+    with pytest.raises(ValueError, match="start must be a"):
         replace(missing, model="resnet14", start=missing)

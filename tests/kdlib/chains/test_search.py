@@ -228,7 +228,7 @@ def test_the_student_of_a_search_does_not_work_alone():
         store.find_record(search()).model()
     with pytest.raises(ValueError, match="saves no logits"):
         replace(search(), save_logits=True)
-    with pytest.raises(ValueError, match="No run starts from"):
+    with pytest.raises(ValueError, match="start cannot be"):
         replace(TEACHER, start=search())
     with pytest.raises(ValueError, match="cannot be a teacher"):
         KD(replace(search(), method=OneStage(search().method, gap=1)))
