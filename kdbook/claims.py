@@ -85,7 +85,8 @@ def judge(exhibit: str, ours: Cells, faithful: bool) -> list[Verdict]:
 
     Args:
         ours: our cells.
-        faithful: whether profile and data are the paper's. Counted values do not depend on this.
+        faithful: whether profile and data are the paper's. Verdicts on counted numbers do not
+            depend on this.
     """
     verdicts = []
     for claim in all_claims():
@@ -138,7 +139,7 @@ def _judge_value(claim: dict, printed: pd.Series, ours: Cells, faithful: bool) -
     difference = values.mean() - printed.value
     low, high = (bound - printed.value for bound in interval(values))
     if claim.get("deterministic"):
-        # Rounding to the printed digits leaves an error in the last bit of a float.
+        # A difference of exactly the tolerance can be a little larger as a float.
         verdict = "reproduced" if abs(difference) <= tolerance * (1 + 1e-9) else "differs"
     elif not faithful or about["reconstruction"]:
         verdict = "direction only"

@@ -16,7 +16,8 @@ CHUNK = {"cpu": 64, "cuda": 2048}
 def folded(teacher: nn.Module) -> nn.Module:
     """A teacher in eval mode, each batch norm merged into the convolution before it.
 
-    In networks that normalise first, such as wide ResNets and DenseNets, some stay as they are.
+    Some batch norms stay as they are in networks that normalise before they convolve, such as wide
+    ResNets and DenseNets.
     """
     if isinstance(teacher, fx.GraphModule):  # folded for another cache already
         return teacher
@@ -28,12 +29,14 @@ def folded(teacher: nn.Module) -> nn.Module:
 class LogitCache:
     """A teacher's logits for (image, view), computed when they are first asked for.
 
-    The teacher is frozen and in eval mode, so its logits depend on the image and the view alone,
-    and a cached logit has the bits of a computed one. Every pass computes chunks of one shape, the
-    last filled up, so that a logit does not depend on when it was computed.
+    The teacher is frozen and in eval mode, so its logits depend only on the image and the view. A
+    cached logit equals a newly computed one in every bit. Every pass computes chunks of one shape,
+    and fills up the last chunk with repeated images. So a logit does not depend on when it was
+    computed.
 
-    On a GPU, passes can run beside training: the host knows which logits are there, and waits for
-    nothing, except for the last pass where the table lies in the host's memory.
+    On a GPU, passes can run beside training, because the host knows which logits are there. If the
+    table is on the GPU, the host waits for nothing. If the table is in the host's memory, each
+    look-up waits for the pass before it.
 
     Args:
         teacher: in eval mode; it is folded and moved to the images' device, in half precision on a
@@ -54,7 +57,7 @@ class LogitCache:
         self.place: torch.device | None = self.device
         self.shape = (len(images), images.views, images.classes)
         self.known: Tensor | None = None
-        # Of a table in the host's memory: rows that are still being copied there.
+        # Rows that are still being copied to a table in the host's memory.
         self._copying: list[tuple[Tensor, Tensor, Tensor, torch.cuda.Event | None]] = []
 
     def bytes(self, device: torch.device) -> int:
@@ -72,7 +75,7 @@ class LogitCache:
             return self._pass(self._sent(index), self._sent(view))
         index, view = index.cpu(), view.cpu()
         if self.known is None:
-            # Not initialised: on a CPU, pages that no logit is written to use no memory.
+            # Not initialised: on a CPU, a page takes no memory until a logit is written to it.
             self.table = torch.empty(self.shape, dtype=self.dtype, device=self.place)
             self.known = torch.zeros(self.shape[:2], dtype=torch.bool)
         missing = (~self.known[index, view]).nonzero().squeeze(1)
@@ -85,7 +88,7 @@ class LogitCache:
         return rows
 
     def _read(self, index: Tensor, view: Tensor) -> Tensor:
-        """Rows of the table; their content is arbitrary where the table has none."""
+        """Rows of the table. A row that is not computed yet has arbitrary content."""
         for i, v, rows, copied in self._copying:
             if copied:
                 copied.synchronize()

@@ -27,7 +27,7 @@ class RunChain(Protocol):
     """A chain of runs, each known only when the one before it is trained."""
 
     def next_run(self, trained: Trained | None) -> Run | None:
-        """The first run, for None; the run after ``trained``; None after the last.
+        """The run after ``trained``; the first run if that is None. None after the last run.
 
         Raises StoreError where weights or logits are missing, NothingFound where the chain ends
         here without a result.
@@ -65,8 +65,9 @@ def train(
 
     Raises:
         NotFinite: a loss was infinite or not a number.
-        NothingFound: a chain ended without a result. Both are raised after all other runs.
-        StoreError, DataError: a file that cannot be read or written, and what to do.
+        NothingFound: a chain ended without a result. It and NotFinite are raised only after all
+            other runs are trained.
+        StoreError, DataError: a file cannot be read or written. The message says what to do.
     """
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
@@ -86,7 +87,8 @@ class _Session:
     """One call of ``train``.
 
     Attributes:
-        failures: by id the errors of runs that failed, and of runs that would learn from them.
+        failures: one error for each failed run, by its id. A run fails, too, if it would learn
+            from a failed run.
     """
 
     def __init__(self, device: torch.device, parallel: int):

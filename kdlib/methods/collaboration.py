@@ -22,8 +22,8 @@ class STC(OnLogits):
     Student-Teacher Collaboration, Eq. 3 to 5. The gradient of the first term reaches the student
     through the teacher's later stages, which are frozen and in eval mode. Where the features differ
     in shape, an adapter connects them. It is trained with the student; at inference neither the
-    adapter nor the teacher is used. The student's own loss is that of ``OnLogits``: CE, or with a
-    kd_weight "STC+KD" (decision STC-g).
+    adapter nor the teacher is used. The student's own loss is that of ``OnLogits``: CE. A kd_weight
+    adds KD to it; this is "STC+KD" (decision STC-g).
 
     Attributes:
         alpha: 0.3 on CIFAR-10, 0.5 elsewhere.

@@ -168,7 +168,7 @@ class FactorTransfer(OnFeatures):
         if not isinstance(method, Paraphrase) or method.teacher_at(0) != self.teacher_at(0):
             raise ValueError(
                 f"{self.paraphraser} is not a paraphraser of {self.teacher}, epoch "
-                f"{self.teacher_epoch}. paraphrase(teacher, recipe) makes one of its last epoch."
+                f"{self.teacher_epoch}. paraphrase(teacher, recipe) makes one for the last epoch."
             )
 
     def pretrained(self):
@@ -202,7 +202,7 @@ class FSP(OnFeatures):
 
     def check(self, run):
         models = (run.model, self.teacher.model)
-        if not any(MARK in model for model in models):  # found networks: compared when built
+        if not any(MARK in model for model in models):  # others: see ``aux_modules``
             self._compare(run.model, *(_widths(model) for model in models))
 
     def aux_modules(self, student, teacher, x):
@@ -244,7 +244,7 @@ class NST(OnFeatures):
 
 @lru_cache
 def _widths(model: str) -> list[int]:
-    """Output channels of the stem and of every stage, without any arithmetic."""
+    """Output channels of the stem and of every stage. The meta device computes only shapes."""
     with torch.device("meta"):
         network = builder(model)(classes=2, channels=1).eval()
         return [f.shape[1] for f in network.features(torch.empty(1, 1, 32, 32))]

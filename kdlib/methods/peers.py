@@ -46,8 +46,8 @@ class RocketLaunching(WithPeer):
     """The student learns from a peer that is in training as well (Zhou et al. 2018, RCO §4.4).
 
     The peer learns from the labels alone. The student learns by CE + kd_weight·T²·KL to the peer's
-    logits of the same step, without a gradient to the peer. This is RCO's smallest M_gap: one
-    iteration. The networks share no layers (docs/decisions.md, RCO-j).
+    logits of the same step, without a gradient to the peer. This is RCO with the smallest
+    interval between anchors: one iteration. The networks share no layers (decision RCO-j).
     """
 
     temperature: float = 5.0
@@ -79,7 +79,8 @@ class MutualLearning(WithPeer):
 class KDGAN(FromTeacher):
     """Student and teacher learn from each other, against a discriminator (Wang et al. 2018).
 
-    The discriminator D separates an image's label y from samples z of the student and the teacher:
+    The discriminator D separates an image's true label y from labels z that are sampled from the
+    student and the teacher:
 
         max_D  E log D(x, y) + share·E log(1 - D(x, z_s)) + (1 - share)·E log(1 - D(x, z_t)).
 
