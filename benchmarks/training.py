@@ -134,7 +134,8 @@ def save_untrained(teacher: Run, images: Images) -> None:
             module.momentum = 1.0  # the running statistics become those of the batch
     with torch.no_grad():
         model.train()(images.batch(torch.arange(32, device=images.device)))
-    store.save_modules(teacher, teacher.recipe.epochs, nn.ModuleDict({"student": model}))
+    state = nn.ModuleDict({"student": model}).state_dict()
+    store.save_modules(teacher, teacher.recipe.epochs, state)
 
 
 def train_turn(trainers: list[Trainer], epochs: int = 1, empty: CachePool | None = None) -> Turn:
@@ -188,7 +189,7 @@ def first_losses_differ(trainer: Trainer, field: FieldLoop) -> float:
     index, view = trainer.data.index[0], trainer.data.view[0]
     x, labels = by_torchvision(trainer.images, index, view), trainer.images.labels[index]
     reference = field.step(x, labels)[0].item()
-    return abs(trainer.meter["loss"].item() - reference) / reference
+    return abs(trainer.meter.sums["loss"].item() - reference) / reference
 
 
 def run_case(case: Case, options: argparse.Namespace) -> list[dict]:

@@ -32,3 +32,7 @@ class NothingFound(KdlibError, ValueError):
 
 class NotFinite(KdlibError, ArithmeticError):
     """A loss that is infinite or not a number."""
+
+
+class OutOfTime(KdlibError):
+    """Training stopped at its deadline; all that was trained is saved."""

@@ -9,7 +9,7 @@ from PIL import Image
 from kdlib import Recipe, Run, store, train
 from kdlib.data import datasets
 from kdlib.engine import LogitCache
-from kdlib.engine import trainer as trainer_module
+from kdlib.engine import writer as writer_module
 from kdlib.engine.train import CACHES
 from kdlib.engine.trainer import Trainer
 from kdlib.store import fingerprint
@@ -25,6 +25,8 @@ def own_folders(tmp_path, monkeypatch):
         monkeypatch.setenv(f"KDLIB_{variable}", str(tmp_path / folder))
     monkeypatch.setenv("KDLIB_PROGRESS", "quiet")
     monkeypatch.delenv("KDLIB_LOG", raising=False)
+    if not torch.cuda.is_available():  # the same numbers on every CPU
+        monkeypatch.setenv("KDLIB_PRECISION", "float32")
     monkeypatch.setattr(datasets, "_folders", {})
     CACHES.clear()
 
@@ -109,7 +111,7 @@ def train_until(monkeypatch):
             return row
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "SAVING_SHARE", 1e9)  # save after every epoch
+            patch.setattr(writer_module, "SAVING_SHARE", 1e9)  # save after every epoch
             patch.setattr(Trainer, "end_epoch", stopped)
             with pytest.raises(KeyboardInterrupt):
                 train(runs or [run])
@@ -127,8 +129,8 @@ def computed_logits(monkeypatch):
     """
     computed, names, init, compute = [], {}, LogitCache.__init__, LogitCache._pass
 
-    def name(cache, teacher, images):
-        init(cache, teacher, images)
+    def name(cache, teacher, images, *dtype):
+        init(cache, teacher, images, *dtype)
         # a teacher that another cache has folded has its name already
         names.setdefault(cache.teacher, fingerprint(teacher.state_dict()))
 

@@ -64,8 +64,7 @@ def advance(trainer, steps):
 def finish(trainer):
     while True:
         while trainer.taken < trainer.steps:  # fewer than planned where the method ends the epoch
-            trainer.advance()
-            trainer.check_stop()
+            trainer.advance_block()
         trainer.end_epoch()
         if trainer.finished:
             return trainer

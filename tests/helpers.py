@@ -52,7 +52,7 @@ def replace_weights(run, other):
     """
     weights = train([other])[0].model()
     trained, last = train([run])[0], run.recipe.epochs
-    new = store.save_modules(run, last, torch.nn.ModuleDict({"student": weights}))
+    new = store.save_modules(run, last, torch.nn.ModuleDict({"student": weights}).state_dict())
     trained.summary["weights"][str(last)] = new
     store.write_record(run, trained.rows, trained.summary)
     return new

@@ -41,7 +41,6 @@ class CachePool:
     def get(self, key: tuple, make: Callable[[], LogitCache]) -> LogitCache:
         """The cache of ``key``, which begins with the teacher's fingerprint; made if it is new."""
         if key not in self.caches:
-            self.join()  # the teacher that it shares with another may be in use on the stream
             cache = make()
             if cache.images.views > 1 and key[0] in self.short_lived:
                 cache.place = None
@@ -101,6 +100,8 @@ class CachePool:
         """The loaded teacher of another cache, which training and test images can share."""
         for key, cache in self.caches.items():
             if key[0] == fingerprint and cache.device == device:
+                if cache.made:  # on another stream perhaps; the next work here waits for it
+                    torch.cuda.current_stream(device).wait_event(cache.made)
                 return cache.teacher
         return None
 

@@ -1,4 +1,4 @@
-"""The device of a training, its precision, and whether its networks are compiled."""
+"""The device of a training, and whether its networks are compiled."""
 
 import contextlib
 import ctypes
@@ -8,10 +8,14 @@ import resource
 
 import torch
 
+# Hardware queues of a GPU. With fewer queues than streams, students wait for each other. CUDA reads
+# the variable when it starts, so it is set before anything asks for a GPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 # The lowest compute capability that torch's compiler supports.
 COMPILES = (8, 0)
-# Steps of a run from which compiling pays: a layer takes about half a second to compile, and then
-# saves some 10 µs in each step.
+# Steps of one network, over all its runs, from which compiling pays: a layer takes about half a
+# second to compile, and then saves some 10 µs in each step.
 COMPILED_STEPS = 50_000
 
 
@@ -42,6 +46,7 @@ def prepare(device: torch.device) -> None:
     exact = device.type == "cuda" and wish == "1"
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+        torch.backends.cudnn.allow_tf32 = False  # float32 is then computed in float32
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -53,11 +58,10 @@ def prepare(device: torch.device) -> None:
 
 
 def worth_compiling(device: torch.device, steps: int) -> bool:
-    """Whether compiling saves a run of so many steps more time than it costs.
+    """Whether compiling a network saves more time in so many steps than it costs.
 
-    Only on a GPU: on a CPU compiling takes minutes and saves a tenth. The answer depends on the run
-    alone, never on other runs beside it: compiled arithmetic rounds differently, and a run has one
-    result. ``$KDLIB_COMPILE`` = never or always overrides the answer, on a CPU too.
+    Only on a GPU: on a CPU compiling takes minutes and saves a tenth. ``$KDLIB_COMPILE`` = never or
+    always overrides the answer, on a CPU too.
 
     Raises ValueError for another value of ``$KDLIB_COMPILE``.
     """
@@ -83,18 +87,18 @@ def keep_large_blocks(limit: int = 1 << 30) -> None:
         libc.mallopt(-1, 2 * limit - 1)  # M_TRIM_THRESHOLD
 
 
-def training_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU; on a GPU bfloat16, or float16 where bfloat16 is only emulated (T4)."""
-    if device.type != "cuda":
-        return torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
 def environment(
-    device: torch.device, dtype: torch.dtype, compiled: bool = False
-) -> dict[str, str | int | bool]:
-    """The machine for a record: versions, device, threads, precision, peak memory in MiB."""
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    labels: torch.dtype | None = None,
+) -> dict[str, str | int | bool | None]:
+    """The machine for a record: versions, device, threads, precision, peak memory in MiB.
+
+    Args:
+        dtype: of the networks in training.
+        labels: of the teacher that labels the images, if there is one.
+    """
     gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if gpu else _peak_resident_bytes()
     return {
@@ -102,10 +106,15 @@ def environment(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if gpu else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": _name(dtype),
+        "label_precision": labels and _name(labels),
         "compiled": compiled,
         "peak_memory_mb": round(peak / 2**20),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _peak_resident_bytes() -> int:

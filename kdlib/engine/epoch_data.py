@@ -51,11 +51,20 @@ class EpochData:
         self.cursor.zero_()
         return steps
 
-    def look_ahead(self, epoch: int) -> None:
-        """On a GPU, compute the teacher's logits of an epoch beside the present work."""
-        if self.needs_logits and self.next_logits is None:
-            with self.teachers.caches.beside(self.device) as done:
-                self.next_logits = self._logits(epoch), done
+    def look_ahead(self, epoch: int) -> bool:
+        """On a GPU, compute the teacher's logits of an epoch beside the present work.
+
+        Returns whether they are needed and were not begun before.
+        """
+        if not self.needs_logits or self.next_logits:
+            return False
+        with self.teachers.caches.beside(self.device) as done:
+            self.next_logits = self._logits(epoch), done
+        return True
+
+    def has_labels(self) -> bool:
+        """Whether the logits that ``look_ahead`` began to compute are there."""
+        return self.next_logits is None or self.next_logits[1].query()
 
     def batch(self) -> dict:
         """The fields of ``Step`` that change from step to step."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdlib import losses
 from kdlib.data import Images
+from kdlib.engine.deadline import check_time
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.plan import validation
 
@@ -24,7 +25,7 @@ def evaluate(
     """Test accuracy in %, mean cross-entropy and, given a teacher's logits, mean KL to it at τ = 1.
 
     Names are ``test_top1``, ``test_ce`` and ``test_kl`` for the classifier ``student``, and
-    ``test_<name>_top1`` and so on for the others.
+    ``test_<name>_top1`` and so on for the others. Raises OutOfTime at the deadline.
     """
     device = images.device
     sums = torch.zeros(len(classifiers), 3, device=device)
@@ -32,6 +33,7 @@ def evaluate(
     # The logit cache looks up its images on the host.
     everywhere = (torch.arange(len(images), device=place) for place in (device, "cpu"))
     for index, on_host in zip(*(i.split(chunk) for i in everywhere), strict=True):
+        check_time()
         x, labels = images.batch(index), images.labels[index]
         for total, classifier in zip(sums, classifiers.values(), strict=True):
             logits = classifier(x)

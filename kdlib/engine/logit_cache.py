@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from kdlib.data import Images
+from kdlib.engine.deadline import check_time
 from kdlib.models.precision import half_precision
 
 # Images in one chunk of a teacher pass: as many as fit a CPU's cache, or fill a GPU.
@@ -39,22 +40,24 @@ class LogitCache:
     look-up waits for the pass before it.
 
     Args:
-        teacher: in eval mode; it is folded and moved to the images' device, in half precision on a
-            GPU.
+        teacher: in eval mode; it is folded and moved to the images' device.
         images: the images of the logits.
+        dtype: the precision in which the teacher computes, and in which the table is kept.
 
     Attributes:
         place: the device of the table; None where no logit is kept.
+        made: on a GPU, the event after which the teacher's weights are there.
     """
 
-    def __init__(self, teacher: nn.Module, images: Images):
+    def __init__(self, teacher: nn.Module, images: Images, dtype: torch.dtype = torch.float32):
         if teacher.training:
             raise ValueError("The teacher of a LogitCache must be in eval mode.")
-        self.images, self.device = images, images.device
-        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.images, self.device, self.dtype = images, images.device, dtype
         self.chunk = min(CHUNK[self.device.type], len(images))
         self.teacher = folded(teacher).to(self.device, memory_format=torch.channels_last)
         self.place: torch.device | None = self.device
+        gpu = self.device.type == "cuda"
+        self.made = torch.cuda.current_stream(self.device).record_event() if gpu else None
         self.shape = (len(images), images.views, images.classes)
         self.known: Tensor | None = None
         # Rows that are still being copied to a table in the host's memory.
@@ -116,12 +119,17 @@ class LogitCache:
 
     def _pass(self, index: Tensor, view: Tensor) -> Tensor:
         """The teacher's logits in chunks of one shape, the last filled up with repetitions."""
+        if self.made:  # on another stream perhaps
+            torch.cuda.current_stream(self.device).wait_event(self.made)
         rows = torch.arange(-(-len(index) // self.chunk) * self.chunk, device=index.device)
-        chunks = (rows % len(index)).split(self.chunk)
-        return torch.cat([self.compute(index[c], view[c]) for c in chunks])[: len(index)]
+        parts = []
+        for chunk in (rows % len(index)).split(self.chunk):
+            check_time()
+            parts.append(self.compute(index[chunk], view[chunk]))
+        return torch.cat(parts)[: len(index)]
 
     @torch.no_grad()  # not inference_mode, whose tensors cannot enter a differentiated loss
     def compute(self, index: Tensor, view: Tensor) -> Tensor:
         """The same logits directly from the teacher, in one batch; none is kept."""
-        with half_precision(self.device, torch.float16):
+        with half_precision(self.device, self.dtype):
             return self.teacher(self.images.batch(index, view)).to(self.dtype)

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -13,17 +14,20 @@ from filelock import Timeout
 from kdlib import store
 from kdlib.data import load_data
 from kdlib.engine.cache_pool import CachePool
+from kdlib.engine.capture import out_of_memory
+from kdlib.engine.deadline import check_time, seconds_left
 from kdlib.engine.graph import is_complete, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
-from kdlib.errors import NotFinite
+from kdlib.engine.writer import Writer
+from kdlib.errors import NotFinite, OutOfTime
 from kdlib.runs import Run
 
 # Students in parallel. One keeps a CPU busy; a step of one small network leaves most of a GPU idle.
 PARALLEL = {"cpu": 1, "cuda": 16}
-# Words in errors that report a lack of memory, besides torch.OutOfMemoryError.
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+# Steps of an epoch after which a teacher computes the logits of the next: not all at once.
+LOOK_AHEAD = 50
 
 
 def asked_parallel(parallel: int | None, device: torch.device) -> int:
@@ -42,25 +46,33 @@ def asked_parallel(parallel: int | None, device: torch.device) -> int:
     return int(asked)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    named = isinstance(error, torch.OutOfMemoryError)
-    return named or any(words in str(error) for words in NO_MEMORY)
-
-
 class TrainerPool:
     """Trains runs of one data set. The steps of the trainers take turns.
 
     Args:
         parallel: the largest number of students that train at a time; it falls if memory runs out.
+        everything: all runs that are to be trained, also by other pools; they decide on compiling.
     """
 
-    def __init__(self, device: torch.device, parallel: int, caches: CachePool, progress: Progress):
+    def __init__(
+        self,
+        device: torch.device,
+        parallel: int,
+        caches: CachePool,
+        progress: Progress,
+        everything: Sequence[Run] = (),
+    ):
         self.device, self.parallel = device, parallel
-        self.caches, self.progress = caches, progress
+        self.caches, self.progress, self.everything = caches, progress, everything
+        self.writer = Writer()
         self.waiting: deque[Run] = deque()
+        # Before their first step; on a GPU a teacher computes their first logits meanwhile.
+        self.opening: list[Trainer] = []
         self.active: list[Trainer] = []
+        self.free_streams: list[torch.cuda.Stream] = []
         self.locks: dict[str, ExitStack] = {}
         self.failures: dict[str, NotFinite] = {}
+        self.needed = 0.0  # seconds of an epoch that was not begun, since it would end too late
 
     def train(self, runs: list[Run]) -> dict[str, NotFinite]:
         """Train the runs that no other process is training; wait a little if others train all.
@@ -68,16 +80,23 @@ class TrainerPool:
         Nothing waits while it holds a lock, so that processes cannot block each other. Out of
         memory, fewer students continue. If a step was lost, the runs continue later from their
         last saved epoch. Returns by id the error of each run whose loss was not finite.
+
+        Raises OutOfTime at the deadline, after it has saved the state of every run.
         """
         self.waiting.extend(runs)
         idle, too_many = True, 0
         try:
             while self._fill():
                 idle = False
-                self._step()
+                self._turn()
+            check_time(self.needed)
+        except OutOfTime:
+            for trainer in self.active:
+                trainer.save()
+            raise
         except RuntimeError as error:
             too_many = len(self.active)
-            if too_many < 2 or not _out_of_memory(error):
+            if too_many < 2 or not out_of_memory(error):
                 raise
         finally:
             self._stop()
@@ -88,20 +107,41 @@ class TrainerPool:
             time.sleep(0.2)
         return self.failures
 
+    # --- opening ----------------------------------------------------------------------------------
+
     def _fill(self) -> bool:
-        """Begin waiting runs while there is room; whether any run is in training."""
-        while len(self.active) < self.parallel and (run := self._claim()):
-            try:
-                self._open(run)
-                continue
-            except RuntimeError as error:
-                if not (self.active and _out_of_memory(error)):
-                    raise
-                self._wait()  # the first steps may still run
-            self._release(run)
-            self.waiting.appendleft(run)
-            self._shrink(len(self.active) + 1, len(self.active))
-        return bool(self.active)
+        """Open waiting runs while there is room; whether any run is in training."""
+        while self._students < self.parallel and (run := self._claim()):
+            if not self._if_memory_lasts(run, self._open, run):
+                break
+            self._begin_opened()
+        self._begin_opened()
+        return bool(self._students)
+
+    def _begin_opened(self) -> None:
+        """Begin the first epoch of every student whose logits are there; one at least must run."""
+        for trainer in [*self.opening]:
+            if trainer.data.has_labels() or not self.active:
+                self.opening.remove(trainer)
+                self._if_memory_lasts(trainer.run, self._begin, trainer)
+
+    @property
+    def _students(self) -> int:
+        return len(self.active) + len(self.opening)
+
+    def _if_memory_lasts(self, run: Run, work: Callable, argument: Run | Trainer) -> bool:
+        """Do work for a new run; without memory for it the run waits, and the others go on."""
+        try:
+            work(argument)
+            return True
+        except RuntimeError as error:
+            if not (self.active and out_of_memory(error)):
+                raise
+            self._wait()  # the first steps may still run
+        self._release(run)
+        self.waiting.appendleft(run)
+        self._shrink(self._students + 1, self._students)
+        return False
 
     def _shrink(self, students: int, fewer: int) -> None:
         warnings.warn(
@@ -145,27 +185,46 @@ class TrainerPool:
         self.locks.pop(run.id).close()
 
     def _open(self, run: Run) -> None:
-        """Begin a run with a trainer of its own."""
-        if not self.active:
+        """Give a run a trainer of its own."""
+        if not self._students:
             self.images = load_data(run.dataset, "train", self.device).first(run.images)
             self.test = load_data(run.dataset, "test", self.device)
-        runs = [run, *(trainer.run for trainer in self.active)]
+        runs = [run, *(trainer.run for trainer in (*self.active, *self.opening))]
         self.caches.serve(len(runs), {store.saved_fingerprint(*c) for c in teacher_passes(runs)})
-        trainer = Trainer(run, self.images, self.test, self.caches)
+        self.writer.students = len(runs)
+        alike = sum(
+            -(-len(self.images) // other.recipe.batch) * other.recipe.epochs
+            for other in self.everything
+            if other.model == run.model
+        )
+        stream = self.free_streams.pop() if self.free_streams else None
+        trainer = Trainer(
+            run, self.images, self.test, self.caches, self.writer, alike=alike, stream=stream
+        )
+        trainer.look_ahead(trainer.epoch)
+        self.opening.append(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         trainer.begin_epoch()
-        self.progress.begin(run, trainer.epoch)
+        self.progress.begin(trainer.run, trainer.epoch)
         self.active.append(trainer)
 
-    def _step(self) -> None:
-        """One step of every trainer, and the end of the epochs whose last step it was."""
-        for trainer in self.active:  # all are launched before the host waits for any
-            trainer.advance()
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Steps of every student that has few before it, and the end of epochs that are done."""
+        check_time()
+        ready = [t for t in self.active if t.taken < t.steps and t.blocks_in_flight() < 2]
+        for trainer in ready:  # all are launched before the host waits for any
+            trainer.advance_block()
         for trainer in self.active:
-            trainer.look_ahead()
-        for trainer in self.active:
-            trainer.check_stop()
-        for trainer in [t for t in self.active if t.taken == t.steps]:
+            if trainer.taken >= min(LOOK_AHEAD, trainer.steps // 2) and trainer.look_ahead():
+                break  # one in a turn, since it takes the host some time
+        done = [t for t in self.active if t.taken == t.steps and not t.blocks_in_flight()]
+        for trainer in done:
             self._end_epoch(trainer)
+        if not (ready or done):
+            time.sleep(1e-4)
 
     def _end_epoch(self, trainer: Trainer) -> None:
         try:
@@ -175,18 +234,26 @@ class TrainerPool:
             self.failures[trainer.run.id] = error.with_traceback(None)
             self._close(trainer)
             return
-        images = trainer.taken * trainer.run.recipe.batch
+        images = trainer.steps * trainer.run.recipe.batch
         self.progress.epoch(trainer.run, row, images, trainer.finished)
-        if not trainer.finished:
+        if trainer.finished:
+            trainer.close()
+            self.progress.skip(trainer.run.recipe.epochs - trainer.epoch)
+            refuse_repetition(trainer.run)
+            self._close(trainer)
+        elif seconds_left() < row["seconds"]:  # the next epoch would not end in time
+            trainer.save()
+            self._close(trainer)
+            self.needed = row["seconds"]
+            self.waiting.clear()
+        else:
             trainer.begin_epoch()
-            return
-        trainer.close()
-        self.progress.skip(trainer.run.recipe.epochs - trainer.epoch)
-        refuse_repetition(trainer.run)
-        self._close(trainer)
+            trainer.advance_block()  # at once: the host may be busy with other students for long
 
     def _close(self, trainer: Trainer) -> None:
         self.active.remove(trainer)
+        if trainer.stream:
+            self.free_streams.append(trainer.stream)
         self._release(trainer.run)
 
     def _wait(self) -> None:
@@ -198,8 +265,10 @@ class TrainerPool:
         """Release all locks, in whatever way the training ended."""
         try:
             self._wait()
+            self.writer.wait()
         finally:
             self.active.clear()
+            self.opening.clear()
             self.waiting.clear()
             self.images = self.test = None  # their memory may be needed for other data
             for lock in self.locks.values():

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kdlib import store
 from kdlib.data import Images
-from kdlib.engine.device import training_dtype
 from kdlib.engine.plan import mix
+from kdlib.engine.precision import training_dtype
 from kdlib.models import Staged, build_model, load_weights
 from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.runs import SGD, Run
@@ -32,7 +32,8 @@ class TrainState:
         self.run, self.compiled = run, compiled
         self.device = images.device
         exact = run.method.reads_gradients
-        self.dtype = torch.float32 if exact else training_dtype(images.device)
+        chosen = training_dtype(images.device, run.model, images.size)
+        self.dtype = torch.float32 if exact else chosen
         self.modules = initial_modules(run, images, teacher)
         self.modules.to(self.device, memory_format=torch.channels_last)
         called = {name: self.called(module) for name, module in self.modules.items()}
@@ -51,12 +52,14 @@ class TrainState:
         compiled = self.compiled and isinstance(module, Staged)
         return AutocastNetwork(module, self.device, self.dtype, compiled)
 
+    def plain(self, module: nn.Module) -> AutocastNetwork | nn.Module:
+        """A module as an evaluation calls it: its shapes are not worth compiling."""
+        if isinstance(module, InFloat32):
+            return module
+        return AutocastNetwork(module, self.device, self.dtype)
+
     def uncompiled(self) -> dict[str, AutocastNetwork | nn.Module]:
-        """The modules as an evaluation calls them: its shapes are not worth compiling."""
-        return {
-            name: m if isinstance(m, InFloat32) else AutocastNetwork(m, self.device, self.dtype)
-            for name, m in self.modules.items()
-        }
+        return {name: self.plain(module) for name, module in self.modules.items()}
 
     # --- updates ----------------------------------------------------------------------------------
 
@@ -163,12 +166,14 @@ class TrainState:
         """Undo all training that happens inside; addresses stay the same."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         scaling = self.scaler.state_dict()
-        yield
-        for name, tensor in self.tensors().items():
-            # New momentum becomes zero: an update with zero equals the rule of the first step.
-            tensor.copy_(before.get(name, torch.zeros_like(tensor)))
-        if scaling:
-            self.scaler.load_state_dict(scaling)
+        try:
+            yield
+        finally:
+            for name, tensor in self.tensors().items():
+                # New momentum becomes zero: an update with zero equals the rule of the first step.
+                tensor.copy_(before.get(name, torch.zeros_like(tensor)))
+            if scaling:
+                self.scaler.load_state_dict(scaling)
 
 
 def initial_modules(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:

@@ -7,6 +7,7 @@ from kdlib import store
 from kdlib.data import Images
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.precision import label_dtype
 from kdlib.engine.state import trained_modules
 from kdlib.errors import StoreError
 from kdlib.models import Staged, load_weights
@@ -65,12 +66,13 @@ class Teachers:
         if checkpoint is None:
             return None
         known = self.note(checkpoint)
+        dtype = label_dtype(images.device, checkpoint.run.model, images.size)
 
         def make() -> LogitCache:
             teacher = self.caches.teacher(known, images.device) or self.load(checkpoint)
-            return LogitCache(teacher, images)
+            return LogitCache(teacher, images, dtype)
 
-        key = (known, self.run.dataset, images.split, len(images), str(images.device))
+        key = (known, self.run.dataset, images.split, len(images), str(images.device), dtype)
         return self.caches.get(key, make)
 
     def load_pretrained(self, images: Images) -> None:

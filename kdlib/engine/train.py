@@ -9,8 +9,9 @@ import torch
 
 from kdlib import store
 from kdlib.engine.cache_pool import CachePool
+from kdlib.engine.deadline import Deadline, until
 from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.graph import is_complete, next_level
+from kdlib.engine.graph import ancestry, is_complete, next_level
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.pool import TrainerPool, asked_parallel
 from kdlib.engine.progress import Progress
@@ -46,6 +47,7 @@ def train(
     parallel: int | None = None,
     weights: bool = False,
     partial: bool = False,
+    deadline: Deadline | None = None,
 ) -> list[Trained | None] | dict[Any, list[Trained | None]]:
     """Train the runs that neither the store nor the committed records have; one result per run.
 
@@ -62,8 +64,10 @@ def train(
         weights: train also runs of which only a record exists.
         partial: return None for runs that failed, and warn, instead of raising NotFinite or
             NothingFound.
+        deadline: stop then, in time, with all that was trained saved; the same call continues.
 
     Raises:
+        OutOfTime: at the deadline, if runs are left. It is raised with ``partial`` too.
         NotFinite: a loss was infinite or not a number.
         NothingFound: a chain ended without a result. It and NotFinite are raised only after all
             other runs are trained.
@@ -71,13 +75,15 @@ def train(
     """
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
-        results = iter(train(chain(*rows.values()), device, parallel, weights, partial))
+        members = chain(*rows.values())
+        results = iter(train(members, device, parallel, weights, partial, deadline))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     device = pick_device(device)
     session = _Session(device, asked_parallel(parallel, device))
     prepare(device)
-    runs, unfound = session.follow(list(runs), weights)
-    session.ensure(runs, weights)
+    with until(deadline):
+        runs, unfound = session.follow(list(runs), weights)
+        session.ensure(runs, weights)
     session.report(unfound, partial)
     failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
@@ -134,15 +140,18 @@ class _Session:
         The graph is read again after each level, since a teacher that was trained again makes its
         students incomplete.
         """
+        everything = ancestry(runs)
         while level := next_level(runs, weights, self.failures):
-            self._train_level(level)
+            self._train_level(level, everything)
 
-    def _train_level(self, level: list[Run]) -> None:
+    def _train_level(self, level: list[Run], everything: list[Run]) -> None:
         passes = {store.saved_fingerprint(*c): p for c, p in teacher_passes(level).items()}
         CACHES.expect({teacher for teacher, p in passes.items() if not p.saves(WORTH)})
         progress = Progress(sum(run.recipe.epochs for run in level))
         pools = {
-            (run.dataset, run.images): TrainerPool(self.device, self.parallel, CACHES, progress)
+            (run.dataset, run.images): TrainerPool(
+                self.device, self.parallel, CACHES, progress, everything
+            )
             for run in level
         }
         try:

@@ -2,8 +2,7 @@
 
 import math
 import time
-import warnings
-from pathlib import Path
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -11,22 +10,27 @@ from torch import Tensor
 from kdlib import store
 from kdlib.data import Images
 from kdlib.engine.cache_pool import CachePool
+from kdlib.engine.capture import capture, wants_capture
 from kdlib.engine.device import environment, worth_compiling
 from kdlib.engine.epoch_data import EpochData
 from kdlib.engine.evaluation import evaluate, validation_logits
+from kdlib.engine.meter import Meter
+from kdlib.engine.precision import label_dtype
+from kdlib.engine.run_files import RunFiles
 from kdlib.engine.state import TrainState
 from kdlib.engine.teachers import Teachers
-from kdlib.errors import NotFinite, StoreError
+from kdlib.engine.writer import Writer
+from kdlib.errors import NotFinite
 from kdlib.models import Staged
 from kdlib.runs import Run, Step
 
-# Saving the resume state may take at most this share of the time of training. Where epochs are
-# short, it is saved every few epochs.
-SAVING_SHARE = 0.05
+# Steps that are launched together. On a GPU a student has at most two such blocks in flight: the
+# device is never idle, and the host can still stop soon.
+BLOCK = {"cpu": 1, "cuda": 32}
 
 
 class Trainer:
-    """Trains one run on one device, from where its resume state left off.
+    """Trains one run on one device, from where its saved state left off.
 
     A step reads nothing on the host and draws no random numbers. On a CPU it runs directly; on a
     GPU it is captured once as a CUDA graph and replayed.
@@ -35,70 +39,81 @@ class Trainer:
         run: the run to train.
         train, test: the run's images on the device.
         caches: the logit caches of the process.
+        writer: writes the files; None makes a new one.
+        alike: steps of all runs of this network that are to be trained; decides on compiling.
+        stream: the CUDA stream of the steps; None makes a new one.
         capture: capture the step as a CUDA graph; on a CPU nothing is captured.
     """
 
     def __init__(
-        self, run: Run, train: Images, test: Images, caches: CachePool, capture: bool = True
+        self,
+        run: Run,
+        train: Images,
+        test: Images,
+        caches: CachePool,
+        writer: Writer | None = None,
+        alike: int = 0,
+        stream: torch.cuda.Stream | None = None,
+        capture: bool = True,
     ):
         self.run, self.images, self.test = run, train, test
         self.device, self.caches = train.device, caches
-        caches.join()
         self.teachers = Teachers(run, caches)
         if run.method.needs_teacher:
             self.teachers.load_network(0, self.device)
         self.teachers.load_pretrained(train)
-        steps = -(-len(train) // run.recipe.batch)
-        compiled = worth_compiling(self.device, steps * run.recipe.epochs)
+        own = -(-len(train) // run.recipe.batch) * run.recipe.epochs
+        compiled = worth_compiling(self.device, max(own, alike))
         self.state = TrainState(run, train, self.teachers.network, compiled)
-        network, pretrained = self.teachers.network, self.teachers.pretrained
-        self.teacher = network and self.state.called(network)
-        self.pretrained = {name: self.state.called(m) for name, m in pretrained.items()}
+        self.teacher = self.teachers.network and self.state.called(self.teachers.network)
+        self.pretrained = {n: self.state.called(m) for n, m in self.teachers.pretrained.items()}
         self.data = EpochData(run, train, self.teachers)
-        self.meter: dict[str, Tensor] = {}
+        self.meter = Meter(self.device)
         # Steps of this epoch: planned at its beginning, its number in the end, done so far.
         self.planned = self.steps = self.taken = 0
-        self.epoch = 0
-        # Whether the epoch may end early, and whether the method has ended the run.
-        self.watched = self.stopped = False
+        self.epoch, self.elapsed = 0, 0.0  # and seconds of this epoch before the last stop
+        self.watched = self.stopped = False  # the method may end this epoch early; it ended the run
         self.log: list[dict] = []
-        # Fingerprints of the weights and logits that are kept, by epoch.
-        self.weights: dict[str, str] = {}
-        self.logits: dict[str, str] = {}
+        self.files = RunFiles(run, writer or Writer())
         # Teacher passes have the lowest priority, students a higher one.
         gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device, priority=-1) if gpu else None
+        self.stream = stream or (torch.cuda.Stream(self.device, priority=-1) if gpu else None)
         self.graph = None
-        self.capturing = capture and self.stream is not None
+        self.capturing = gpu and capture and wants_capture()
+        self._in_flight: deque[torch.cuda.Event] = deque()
         self._resume()
 
     # --- one epoch --------------------------------------------------------------------------------
 
     def begin_epoch(self) -> None:
-        """Put the epoch's images, logits and learning rate where the step reads them."""
-        self.started = time.perf_counter()
+        """Put the epoch's images, logits and learning rate where the step reads them.
+
+        An epoch that was saved within continues at its next step.
+        """
+        self.started = time.perf_counter() - self.elapsed
         self._synchronise()
         if self.run.method.needs_teacher:
             self.teachers.load_network(self.epoch, self.device)
         self.steps = self.planned = self.data.begin(self.epoch)
         self.state.set_rates(self.epoch)
-        self.taken = 0
         self.watched = self.run.method.should_stop(self.state.modules, within=self.steps)
-        self._reset_meter()
         self.state.modules.train()
         if self.capturing and self.graph is None:
             self._capture()
+        self.data.cursor.fill_(self.taken)
+        if not self.taken:
+            self.meter.zero()
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def look_ahead(self) -> None:
-        """On a GPU, compute the teacher's logits of the next epoch while this one trains.
+    def look_ahead(self, epoch: int | None = None) -> bool:
+        """On a GPU, compute the teacher's logits of an epoch beside the students' steps.
 
-        Call it when all trainers have begun their epochs: the beginning or the end of an epoch
-        would wait for this work.
+        ``epoch`` None is the one after this. Returns whether that was begun now.
         """
-        if self.stream and self.epoch + 1 < self.run.recipe.epochs:
-            self.data.look_ahead(self.epoch + 1)
+        epoch = self.epoch + 1 if epoch is None else epoch
+        ahead = self.stream is not None and epoch < self.run.recipe.epochs
+        return ahead and self.data.look_ahead(epoch)
 
     def advance(self) -> None:
         """One step."""
@@ -109,12 +124,27 @@ class Trainer:
             self.step()
         self.taken += 1
 
-    def check_stop(self) -> None:
+    def advance_block(self) -> None:
+        """Some steps of this epoch, at most ``BLOCK``, without a wait for their end."""
+        for _ in range(min(BLOCK[self.device.type], self.steps - self.taken)):
+            self.advance()
+            if self.watched:
+                self._check_stop()
+        if self.stream:
+            stream = self.stream if self.graph else torch.cuda.current_stream(self.device)
+            self._in_flight.append(stream.record_event())
+
+    def blocks_in_flight(self) -> int:
+        """Blocks of steps that were launched and are not done."""
+        while self._in_flight and self._in_flight[0].query():
+            self._in_flight.popleft()
+        return len(self._in_flight)
+
+    def _check_stop(self) -> None:
         """End the epoch after this step if the method ends the run; the host waits for the step."""
-        if self.watched:
-            self._synchronise()
-            if self.run.method.should_stop(self.state.modules):
-                self.steps = self.taken
+        self._synchronise()
+        if self.run.method.should_stop(self.state.modules):
+            self.steps = self.taken
 
     def _synchronise(self) -> None:
         """Let the next work on the current stream wait for the steps."""
@@ -141,15 +171,12 @@ class Trainer:
         self.data.cursor += 1
         self.state.add_to_curve(terms)
         hits = (logits.detach().argmax(1) == step.labels).float().mean()
-        for name, term in {**logged, **terms, "top1": 100 * hits}.items():
-            if name not in self.meter:
-                self.meter[name] = torch.zeros((), device=self.device)
-            self.meter[name] += term.detach()
+        self.meter.add({**logged, **terms, "top1": 100 * hits})
 
     def end_epoch(self) -> dict:
         """Read the meters once, evaluate, save, and return the epoch's row of the log."""
         self._synchronise()
-        train = {f"train_{name}": total.item() / self.steps for name, total in self.meter.items()}
+        train = {f"train_{name}": mean for name, mean in self.meter.means(self.steps).items()}
         for term, value in train.items():
             if not math.isfinite(value):
                 raise NotFinite(
@@ -166,24 +193,12 @@ class Trainer:
             raise NotFinite(f"The weights of {self.run} are not finite after its last steps.")
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.log.append(row)
-        self.epoch, self.stopped = self.epoch + 1, stopped
-        for epoch in self._epochs_to_save():
-            self.weights[str(epoch)] = store.save_modules(self.run, epoch, modules)
-        if self.run.save_logits:
-            logits = validation_logits(self.state.uncompiled()["student"], self.images)
-            self.logits[str(self.epoch)] = store.save_logits(self.run, self.epoch, logits)
-        if not self.finished:
-            self._save_state()
+        self.used = self.epoch + self.taken / self.planned
+        self.epoch, self.stopped, self.taken, self.elapsed = self.epoch + 1, stopped, 0, 0.0
+        self._keep()
+        if not self.finished and self.files.may_save():
+            self.save()
         return row
-
-    def _epochs_to_save(self) -> set[int]:
-        """The epochs under which the present weights are saved.
-
-        The last weights are always saved under the recipe's last epoch, although the method may
-        have ended the run before.
-        """
-        kept = {self.epoch} & {*self.run.keep}
-        return kept | {self.run.recipe.epochs} if self.finished else kept
 
     @property
     def finished(self) -> bool:
@@ -195,35 +210,81 @@ class Trainer:
         cache = self.teachers.cache(self.epoch, self.test)
         modules = self.state.uncompiled()
         student = modules.pop("student")
-        is_network = {n: isinstance(self.state.modules[n], Staged) for n in modules}
-        classifiers = {"student": student}
-        classifiers |= {name: m for name, m in modules.items() if is_network[name]}
-        classifiers |= self.run.method.composites(student, self.teacher, modules)
+        teacher = self.teachers.network and self.state.plain(self.teachers.network)
+        networks = [name for name in modules if isinstance(self.state.modules[name], Staged)]
+        classifiers = {"student": student} | {name: modules[name] for name in networks}
+        classifiers |= self.run.method.composites(student, teacher, modules)
         return evaluate(classifiers, self.test, cache)
 
+    # --- files ------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Save the weights and logits that the run keeps after this epoch.
+
+        The last weights are saved under the recipe's last epoch, even if the run ended before.
+        """
+        kept = {self.epoch} & {*self.run.keep}
+        epochs = kept | {self.run.recipe.epochs} if self.finished else kept
+        self.files.keep_weights(epochs, self.state.modules)
+        if self.run.save_logits:
+            logits = validation_logits(self.state.uncompiled()["student"], self.images)
+            self.files.keep_logits(self.epoch, logits)
+
+    def save(self) -> None:
+        """Save all that is needed to continue, after an epoch or between two steps of it."""
+        self._synchronise()
+        about = {
+            "log": [*self.log],
+            "teachers": {**self.teachers.noted},
+            "scaler": self.state.scaler.state_dict(),
+            "taken": self.taken,
+            "meter": self.meter.means(1) if self.taken else {},
+            "elapsed": time.perf_counter() - self.started if self.taken else 0.0,
+        }
+        self.files.save_state(self.state.tensors(), about, self._environment())
+
     def close(self) -> None:
-        """Write the record of a finished run, and remove its resume state."""
-        stopped_after = self.epoch - 1 + self.taken / self.planned
+        """Write the record of a finished run, and remove its saved state."""
         summary = {
-            "weights": self.weights,
             "teachers": self.teachers.noted,
-            **({"stopped_after": stopped_after} if self.stopped else {}),
-            **({"logits": self.logits} if self.run.save_logits else {}),
+            **({"stopped_after": self.used} if self.stopped else {}),
             **self.state.curve_means(),
             "seconds": round(sum(row["seconds"] for row in self.log), 1),
-            "environment": environment(self.device, self.state.dtype, self.state.compiled),
         }
-        store.write_record(self.run, self.log, summary)
-        self._state_path.unlink(missing_ok=True)
+        self.files.write_record(self.log, summary, self._environment())
+
+    def _environment(self) -> dict:
+        teacher = self.run.method.teacher_at(max(0, self.epoch - 1))
+        labels = teacher and label_dtype(self.device, teacher.run.model, self.images.size)
+        return environment(self.device, self.state.dtype, self.state.compiled, labels)
+
+    def _resume(self) -> None:
+        """Continue from the saved state, if there is a whole one that fits."""
+        if not (found := self.files.load_state(self.teachers)):
+            return
+        tensors, about = found
+        try:
+            self.state.load(tensors)
+        except ValueError as error:  # the method has other modules now
+            self.files.warn_of_restart(error)
+            return
+        if about["scaler"]:
+            self.state.scaler.load_state_dict(about["scaler"])
+        self.log, self.epoch = about["log"], len(about["log"])
+        self.teachers.noted = about["teachers"]
+        self.files.continue_from(about)
+        self.meter.set(about.get("meter", {}))
+        self.taken, self.elapsed = about.get("taken", 0), about.get("elapsed", 0.0)
 
     # --- capture ----------------------------------------------------------------------------------
 
     def _capture(self) -> None:
-        """Capture the step as a graph. Weights, statistics and momentum stay as they were.
+        """Capture the step as a graph. Weights, statistics, momentum and meters stay as they were.
 
-        Every graph has a memory pool of its own: graphs that replay at the same time must not share
-        one. Warm-up steps run on the stream of the capture, to which library handles belong.
+        Every graph has its own memory pool: graphs that replay at the same time must not share one.
+        Warm-up steps run on the stream of the capture, to which library handles belong.
         """
+        meter = self.meter.means(1)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             with self.state.unchanged():
@@ -233,64 +294,7 @@ class Trainer:
                 self.data.cursor.zero_()
                 # Gradients lie inside the graph's memory. Nothing outside uses them again.
                 self.state.forget_gradients()
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream):
-                    self.step()
-            self.data.cursor.zero_()
-            self._reset_meter()
-
-    def _reset_meter(self) -> None:
-        for total in self.meter.values():
-            total.zero_()
-
-    # --- resuming ---------------------------------------------------------------------------------
-
-    @property
-    def _state_path(self) -> Path:
-        return store.folder(self.run) / "state.safetensors"
-
-    def _save_state(self) -> None:
-        """Save weights, momentum and log in one file, so that a crash cannot separate them."""
-        now = time.perf_counter()
-        if now - self.last_saved < self.saving_cost / SAVING_SHARE:
-            return
-        about = {
-            "log": self.log,
-            "weights": self.weights,
-            "logits": self.logits,
-            "teachers": self.teachers.noted,
-            "scaler": self.state.scaler.state_dict(),
-        }
-        store.save_tensors(self._state_path, self.state.tensors(), about)
-        self.last_saved = time.perf_counter()
-        self.saving_cost = self.last_saved - now
-
-    def _resume(self) -> None:
-        """Continue from the saved state, if there is a whole one that fits."""
-        self.last_saved, self.saving_cost = time.perf_counter(), 0.0
-        try:
-            tensors, about = store.load_tensors(self._state_path)
-        except StoreError as error:
-            if self._state_path.exists():
-                warnings.warn(f"{error} {self.run} starts from the beginning.", stacklevel=2)
-            return
-        if self.teachers.changed_since(about["teachers"]):
-            return
-        epochs = len(about["log"])
-        passed = {str(epoch) for epoch in self.run.keep if epoch <= epochs}
-        if not passed <= about["weights"].keys():
-            return  # a checkpoint is asked for now that was not kept then
-        if self.run.save_logits and len(about["logits"]) < epochs:
-            return
-        try:
-            self.state.load(tensors)
-        except ValueError as error:  # the method has other modules now
-            warnings.warn(
-                f"{self._state_path}: {error} {self.run} starts from the beginning.", stacklevel=2
-            )
-            return
-        if about["scaler"]:
-            self.state.scaler.load_state_dict(about["scaler"])
-        self.log, self.epoch = about["log"], epochs
-        self.weights, self.logits = about["weights"], about["logits"]
-        self.teachers.noted = about["teachers"]
+                self.graph = capture(self.step, self.device)
+                self.capturing = self.graph is not None
+            self.meter.set(meter)
+        self._synchronise()

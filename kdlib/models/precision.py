@@ -1,4 +1,4 @@
-"""Networks that compute in half precision on a GPU and return float32."""
+"""Networks that compute in half precision and return float32."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -10,14 +10,10 @@ from torch.func import functional_call
 
 
 def half_precision(device: torch.device, dtype: torch.dtype):
-    """Autocast to ``dtype`` on a GPU; nothing on a CPU.
-
-    On a CPU, half-precision convolutions have at times been wrong, or much slower than float32
-    (pytorch issues 183815, 163347, 169688).
-    """
-    if device.type != "cuda" or dtype == torch.float32:
+    """Autocast to ``dtype``, or nothing where that is float32."""
+    if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype)
+    return torch.autocast(device.type, dtype)
 
 
 class InFloat32(nn.Module):
@@ -25,7 +21,7 @@ class InFloat32(nn.Module):
 
 
 class AutocastNetwork:
-    """A network that computes in half precision on a GPU and returns float32.
+    """A network that computes in the precision ``dtype`` and returns float32.
 
     It is called like the network itself, and has the methods of ``Staged``. Autocast begins and
     ends with each call, inside the step, so that its cache of converted weights belongs to the

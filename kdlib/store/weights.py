@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdlib import files
 from kdlib.errors import StoreError
@@ -89,9 +89,11 @@ def weights_path(run: Run, epoch: int) -> Path:
     return folder(run) / f"epoch-{epoch:04d}.safetensors"
 
 
-def save_modules(run: Run, epoch: int, modules: nn.ModuleDict) -> str:
-    """Save a checkpoint: ``student`` and the auxiliary modules. Returns its fingerprint."""
-    state = modules.state_dict()
+def save_modules(run: Run, epoch: int, state: dict[str, Tensor]) -> str:
+    """Save a checkpoint: the state of ``student`` and of the auxiliary modules.
+
+    Returns its fingerprint.
+    """
     student = select(state, "student.")
     aux = {f"{AUX}{n}": t for n, t in state.items() if not n.startswith("student.")}
     return _save_checked(weights_path(run, epoch), run, epoch, student | aux)

@@ -154,7 +154,7 @@ def test_logits_in_half_precision_are_close_to_exact_ones(teacher, gpu):
     cpu, index = load_data("digits", "test"), torch.arange(359)
     with torch.no_grad():
         exact = teacher(cpu.batch(index))
-    cache = LogitCache(teacher, load_data("digits", "test", gpu))
+    cache = LogitCache(teacher, load_data("digits", "test", gpu), torch.float16)
     logits = cache.logits(index.to(gpu), torch.full_like(index, cpu.centre).to(gpu))
     assert logits.dtype == torch.float16
     scale = exact.abs().max()
@@ -164,7 +164,7 @@ def test_logits_in_half_precision_are_close_to_exact_ones(teacher, gpu):
 
 def test_logits_do_not_depend_on_when_they_were_computed(teacher, gpu):
     images = load_data("digits", "train", gpu)
-    first, second = LogitCache(teacher, images), LogitCache(teacher, images)
+    first, second = (LogitCache(teacher, images, torch.float16) for _ in range(2))
     index = torch.arange(len(images), device=gpu)
     view = index % images.views
     expected = first.logits(index, view)
@@ -184,7 +184,7 @@ def test_logits_of_the_next_epoch_are_computed_beside_training(start, gpu):
     assert trainer.data.next_logits
     advance(trainer, trainer.steps)
     index, view = (t.flatten() for t in trainer.data._plan(1))
-    expected = LogitCache(teacher.model(), trainer.images).logits(index, view)
+    expected = LogitCache(teacher.model(), trainer.images, torch.float16).logits(index, view)
     assert torch.equal(trainer.data.next_logits[0].flatten(0, 1), expected)
     trainer.end_epoch()
     trainer.begin_epoch()
@@ -194,7 +194,9 @@ def test_logits_of_the_next_epoch_are_computed_beside_training(start, gpu):
 def test_a_table_in_the_hosts_memory_gives_the_same_logits(start, gpu):
     (teacher,) = train([RUN], device=gpu)
     trainer = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
-    resident, spilled = (LogitCache(teacher.model(), trainer.images) for _ in range(2))
+    resident, spilled = (
+        LogitCache(teacher.model(), trainer.images, torch.float16) for _ in range(2)
+    )
     spilled.place = HOST
     for epoch in (0, 1, 0):
         index, view = (t.flatten() for t in trainer.data._plan(epoch))
@@ -242,7 +244,7 @@ def test_the_memory_of_a_removed_cache_is_not_reused_while_it_is_read(start, gpu
     (teacher,) = train([RUN], device=gpu)
     trainer = start(replace(RUN, method=KD(RUN), seed=1), capture=True)
     pool = CachePool()
-    pool.get(("a",), lambda: LogitCache(teacher.model(), trainer.images))
+    pool.get(("a",), lambda: LogitCache(teacher.model(), trainer.images, torch.float16))
     with pool.beside(gpu):
         torch.cuda._sleep(2_000_000_000)  # clock cycles: about a second
     pool._drop([("a",)])
@@ -275,10 +277,10 @@ SEARCH = replace(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_captured_search_equals_an_eager_one(start, gpu, monkeypatch, dtype):
     train([DENSE], device=gpu)
-    monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
+    monkeypatch.setattr(state, "training_dtype", lambda *_: dtype)
     captured, eager = (finish(start(SEARCH, capture=c)) for c in (True, False))
     assert captured.stopped
-    assert captured.taken == eager.taken < captured.planned
+    assert captured.used == eager.used < captured.run.recipe.epochs
     assert training_log(captured) == training_log(eager)
     assert_equal(whole(captured), whole(eager))
 

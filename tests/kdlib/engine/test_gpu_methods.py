@@ -20,7 +20,7 @@ from gpu_trainers import (
 from kdlib import KD, load_data, store, train
 from kdlib.chains.greedy import GreedySearch, anchors, divergences
 from kdlib.engine import state
-from kdlib.engine import trainer as trainer_module
+from kdlib.engine import writer as writer_module
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.trainer import Trainer
 from kdlib.methods import (
@@ -93,7 +93,7 @@ def test_stages_and_searches_are_trained_together(gpu):
 def test_a_captured_trainer_of_any_method_equals_an_eager_one(
     start, teachers, monkeypatch, name, dtype
 ):
-    monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
+    monkeypatch.setattr(state, "training_dtype", lambda *_: dtype)
     run = replace(RUN, method=METHODS[name], seed=1)
     captured, eager = finish(start(run, capture=True)), finish(start(run, capture=False))
     assert training_log(captured) == training_log(eager)
@@ -109,11 +109,12 @@ def test_a_captured_trainer_of_any_method_equals_an_eager_one(
 
 @pytest.mark.parametrize("name", ["CE", "Rocket", "Hint", "KR", "KR + KDGAN", "sparse"])
 def test_a_resumed_trainer_equals_an_uninterrupted_one(start, teachers, gpu, monkeypatch, name):
-    monkeypatch.setattr(trainer_module, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(writer_module, "SAVING_SHARE", 1e9)
     run = replace(RUN, method=METHODS[name], seed=1)
     uninterrupted, first = finish(start(run, capture=True)), start(run, capture=True)
     advance(first, first.steps)
     first.end_epoch()
+    first.files.writer.wait()
     images = load_data(run.data, "train", gpu)
     resumed = Trainer(run, images, load_data(run.data, "test", gpu), CachePool())
     assert resumed.epoch == 1
@@ -129,11 +130,11 @@ def test_recoded_gradients_and_their_thresholds_do_not_depend_on_their_scaling(
     start, monkeypatch, dtype
 ):
     """The method asks for float32, so that thresholds are of gradients without a scale."""
-    monkeypatch.setattr(state, "training_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(state, "training_dtype", lambda *_: torch.float32)
     run = replace(RUN, method=METHODS["sparse"])
     exact = start(run, capture=False)
     advance(exact, 1)
-    monkeypatch.setattr(state, "training_dtype", lambda device: dtype)
+    monkeypatch.setattr(state, "training_dtype", lambda *_: dtype)
     half = start(run, capture=False)
     advance(half, 1)
     ours, theirs = (trainer.state.modules["thresholds"].values for trainer in (half, exact))

@@ -251,7 +251,7 @@ def test_a_student_is_trained_again_where_its_paraphraser_changed(
     before = train([student])[0]
     other, record = train([paraphrase(teacher, replace(PARAPHRASING, lr=0.01)), paraphraser])
     modules = trained_modules(other.run, 2, digits(paraphraser))
-    record.summary["weights"]["2"] = store.save_modules(paraphraser, 2, modules)
+    record.summary["weights"]["2"] = store.save_modules(paraphraser, 2, modules.state_dict())
     store.write_record(paraphraser, record.rows, record.summary)
     epochs_trained.clear()
     with pytest.warns(UserWarning, match="learned from other weights of its teacher .* Paraphrase"):

@@ -117,7 +117,7 @@ def test_the_log_has_the_penalty(tiny):
 
 def test_a_method_that_reads_gradients_never_trains_in_half_precision(tiny, monkeypatch):
     """Half precision scales gradients, and a threshold is of gradients as they are."""
-    monkeypatch.setattr(state, "training_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(state, "training_dtype", lambda *_: torch.float16)
     trainer = new_trainer(tiny(model="lenet", method=Penalised(penalty="sparse")))
     assert trainer.state.dtype == torch.float32
     assert not trainer.state.scaler.is_enabled()

@@ -31,7 +31,7 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(trained):
 
 def test_a_checkpoint_holds_the_student_and_the_auxiliary_modules(tiny):
     modules = nn.ModuleDict({"student": nn.Linear(2, 3), "peer": nn.Linear(4, 5)})
-    found = store.save_modules(tiny(), 1, modules)
+    found = store.save_modules(tiny(), 1, modules.state_dict())
     tensors = store.load_modules(tiny(), 1, expected=found)
     assert tensors.keys() == modules.state_dict().keys()
     assert all(torch.equal(tensors[n], t) for n, t in modules.state_dict().items())
@@ -70,7 +70,7 @@ def test_the_last_linear_layer_of_a_checkpoint_has_the_number_of_classes(tiny):
     """LeNet has three linear layers."""
     run = tiny(data="mnist", model="lenet")
     network = build_model("lenet", classes=7, channels=1, seed=0)
-    found = store.save_modules(run, 1, nn.ModuleDict({"student": network}))
+    found = store.save_modules(run, 1, nn.ModuleDict({"student": network}).state_dict())
     model, loaded = store.load_checkpoint(run, 1)
     assert loaded == found
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)

@@ -1,0 +1,115 @@
+"""A deadline: training stops in time, loses nothing, and continues to the same bits."""
+
+import pytest
+from helpers import same_log
+
+from kdlib import KD, KR, OneStage, Penalised, store, train
+from kdlib.engine import evaluation, logit_cache
+from kdlib.engine.deadline import Deadline
+from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.train import CACHES
+from kdlib.engine.trainer import Trainer
+from kdlib.errors import OutOfTime
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Train until a function was called so often, then let the time be over."""
+
+    def run_until(runs, owner, name, calls, **options):
+        deadline, count, original = Deadline(), [], getattr(owner, name)
+
+        def counted(*arguments):
+            result = original(*arguments)
+            count.append(name)
+            if len(count) == calls:
+                deadline.stop_now()
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counted)
+            with pytest.raises(OutOfTime, match="same call continues"):
+                train(runs, deadline=deadline, **options)
+        CACHES.clear()
+        return len(count)
+
+    return run_until
+
+
+METHODS = {
+    "route": lambda teacher: OneStage(KD(teacher), gap=1),
+    "curve": lambda teacher: Penalised(every=4, bins=3),
+    "two optimizers": lambda teacher: KR(teacher, prior=teacher.recipe),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [3, 5, 8])  # within an epoch of 5 steps, after it, in the next
+def test_a_run_that_stops_at_any_step_continues_to_the_same_bits(
+    tiny, elsewhere, stop_after, method, steps
+):
+    teacher = tiny(epochs=3, keep=(1, 2))
+    run = tiny(epochs=3, method=METHODS[method](teacher), seed=1, keep=(1,), save_logits=True)
+    expected, _ = elsewhere(run, teacher)
+    train([teacher])
+    assert stop_after([run], Trainer, "step", steps) == steps
+    assert store.find_record(run) is None
+    resumed = train([run])[0]
+    for key in ("weights", "teachers", "logits", "curve"):
+        assert resumed.summary.get(key) == expected.summary.get(key)
+    assert same_log(resumed, expected)
+    assert "earlier_environments" not in resumed.summary
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (LogitCache, "compute", 1),  # the first labels, before any step
+        (LogitCache, "compute", 12),  # within the labels of a later epoch
+        (evaluation, "check_time", 1),  # within the first test
+    ],
+)
+def test_time_may_be_over_while_a_teacher_labels_and_while_a_student_is_tested(
+    tiny, elsewhere, stop_after, monkeypatch, owner, name, calls
+):
+    monkeypatch.setitem(logit_cache.CHUNK, "cpu", 24)
+    monkeypatch.setitem(evaluation.CHUNK, "cpu", 100)
+    teacher = tiny(epochs=1)
+    run = tiny(epochs=3, method=KD(teacher), seed=1)
+    expected, _ = elsewhere(run, teacher)
+    train([teacher])
+    stop_after([run], owner, name, calls)
+    resumed = train([run])[0]
+    assert resumed.summary["weights"] == expected.summary["weights"]
+    assert same_log(resumed, expected)
+
+
+def test_students_that_train_in_parallel_all_stop_and_continue(tiny, elsewhere, stop_after):
+    runs = [tiny(epochs=3, seed=seed) for seed in range(4)]
+    expected = elsewhere(*runs)
+    stop_after(runs, Trainer, "step", 23, parallel=3, partial=True)
+    states = [(store.folder(run) / "state.safetensors").exists() for run in runs]
+    assert states == [True, True, True, False]
+    for ours, theirs in zip(train(runs, parallel=2), expected, strict=True):
+        assert ours.summary["weights"] == theirs.summary["weights"]
+        assert same_log(ours, theirs)
+
+
+def test_an_epoch_that_would_end_too_late_is_not_begun(tiny, epochs_trained, monkeypatch):
+    left = iter([3600] * 5)  # before each step of the first epoch
+    monkeypatch.setattr(Deadline, "left", property(lambda _: next(left, 1e-9)))
+    run, other = tiny(epochs=3), tiny(epochs=3, seed=1)
+    monkeypatch.setattr(evaluation, "check_time", lambda: None)
+    with pytest.raises(OutOfTime):
+        train([run, other], deadline=Deadline(3600))
+    assert epochs_trained == [(run.id, 1)]
+    assert (store.folder(run) / "state.safetensors").exists()
+
+
+def test_without_a_deadline_nothing_stops(tiny):
+    deadline = Deadline()
+    assert deadline.left == float("inf")
+    assert train([tiny()], deadline=deadline)[0].epochs == 2
+    deadline.stop_now()
+    assert deadline.left <= 0
+    assert train([tiny()], deadline=deadline)[0].epochs == 2  # nothing is left to train
