@@ -52,6 +52,7 @@ class TrainerPool:
     Args:
         parallel: the largest number of students that train at a time; it falls if memory runs out.
         everything: all runs that are to be trained, also by other pools; they decide on compiling.
+        then: called with each run that is trained.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class TrainerPool:
         caches: CachePool,
         progress: Progress,
         everything: Sequence[Run] = (),
+        then: Callable[[Run], None] = lambda run: None,
     ):
         self.device, self.parallel = device, parallel
-        self.caches, self.progress, self.everything = caches, progress, everything
+        self.caches, self.progress = caches, progress
+        self.everything, self.then = everything, then
         self.writer = Writer()
         self.waiting: deque[Run] = deque()
         # Before their first step; on a GPU a teacher computes their first logits meanwhile.
@@ -241,6 +244,7 @@ class TrainerPool:
             self.progress.skip(trainer.run.recipe.epochs - trainer.epoch)
             refuse_repetition(trainer.run)
             self._close(trainer)
+            self.then(trainer.run)
         elif seconds_left() < row["seconds"]:  # the next epoch would not end in time
             trainer.save()
             self._close(trainer)

@@ -1,7 +1,7 @@
 """train(runs): load the runs that the store has, train the others, teachers first."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ def train(
     weights: bool = False,
     partial: bool = False,
     deadline: Deadline | None = None,
+    then: Callable[[Trained], object] | None = None,
 ) -> list[Trained | None] | dict[Any, list[Trained | None]]:
     """Train the runs that neither the store nor the committed records have; one result per run.
 
@@ -64,6 +65,8 @@ def train(
         weights: train also runs of which only a record exists.
         partial: return None for runs that failed, and warn, instead of raising NotFinite or
             NothingFound.
+        then: called with each result, as soon as its run is trained; for measurements that need
+            weights. It is called once for a run that was trained before, too.
         deadline: stop then, in time, with all that was trained saved; the same call continues.
 
     Raises:
@@ -76,16 +79,20 @@ def train(
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
         members = chain(*rows.values())
-        results = iter(train(members, device, parallel, weights, partial, deadline))
+        results = iter(train(members, device, parallel, weights, partial, deadline, then))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     device = pick_device(device)
-    session = _Session(device, asked_parallel(parallel, device))
+    items, session = [*runs], _Session(device, asked_parallel(parallel, device), then)
+    session.results = {item.id for item in items if isinstance(item, Run)}
     prepare(device)
     with until(deadline):
-        runs, unfound = session.follow(list(runs), weights)
+        runs, unfound = session.follow(items, weights)
         session.ensure(runs, weights)
-    session.report(unfound, partial)
     failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
+    session.results |= {run.id for k, run in enumerate(runs) if k not in failed}
+    for run in runs:
+        session.tell(run)
+    session.report(unfound, partial)
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
 
 
@@ -95,11 +102,20 @@ class _Session:
     Attributes:
         failures: one error for each failed run, by its id. A run fails, too, if it would learn
             from a failed run.
+        results: the ids of the runs that ``then`` is called with.
     """
 
-    def __init__(self, device: torch.device, parallel: int):
-        self.device, self.parallel = device, parallel
+    def __init__(self, device: torch.device, parallel: int, then: Callable | None):
+        self.device, self.parallel, self.then = device, parallel, then
         self.failures: dict[str, NotFinite] = {}
+        self.results: set[str] = set()
+        self._told: set[str] = set()
+
+    def tell(self, run: Run) -> None:
+        """Call ``then`` with a trained run, once."""
+        if self.then and run.id in self.results - self._told:
+            self._told.add(run.id)
+            self.then(store.find_record(run))
 
     def follow(
         self, items: list[Run | RunChain], weights: bool
@@ -150,7 +166,7 @@ class _Session:
         progress = Progress(sum(run.recipe.epochs for run in level))
         pools = {
             (run.dataset, run.images): TrainerPool(
-                self.device, self.parallel, CACHES, progress, everything
+                self.device, self.parallel, CACHES, progress, everything, self.tell
             )
             for run in level
         }

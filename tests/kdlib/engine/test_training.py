@@ -171,3 +171,17 @@ def test_the_last_finite_epoch_is_kept_after_a_loss_that_is_not_finite(tiny, epo
     tensors, about = store.load_tensors(store.folder(run) / "state.safetensors")
     assert len(about["log"]) == 1
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_then_is_called_with_each_result_as_soon_as_it_is_trained(tiny):
+    teacher, told = tiny(model="resnet14-x0.25"), []
+    runs = [tiny(method=KD(teacher), seed=seed) for seed in (1, 2)]
+
+    def note(trained):
+        assert trained.model()
+        told.append((trained.run.id, [store.find_record(run) is not None for run in runs]))
+
+    train({"student": runs[:1], "again": runs}, then=note)
+    assert told == [(runs[0].id, [True, False]), (runs[1].id, [True, True])]
+    train(runs, then=note)
+    assert [name for name, _ in told[2:]] == [run.id for run in runs]
