@@ -79,7 +79,7 @@ def time_is_over(options: argparse.Namespace, left_out: str) -> bool:
     """Whether ``--minutes`` are over; if so, print what is left out."""
     over = time.perf_counter() >= options.until
     if over:
-        print(f"{options.minutes:g} minutes are over. Left out: {left_out}", flush=True)
+        print(f"--minutes {options.minutes:g}: time is over. Left out: {left_out}", flush=True)
     return over
 
 
