@@ -171,8 +171,9 @@ def _not_run(program: str, device: str) -> str:
 
 
 def _heading(program: str, device: str) -> str:
-    return f"### {program}" + (" on a GPU" if device == "cuda" else "")
+    return f"### {program}" + (" on a GPU" if device == "cuda" and program != "gpu" else "")
 
 
 def _command(program: str, device: str) -> str:
-    return f"python -m benchmarks.{program} --device {device}"
+    short = " --minutes 3" if program == "gpu" else ""
+    return f"python -m benchmarks.{program} --device {device}{short}"
