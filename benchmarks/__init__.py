@@ -45,7 +45,7 @@ def arguments(doc: str, rounds: int = 3, **own: dict) -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="after them, no turn or case begins"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile networks on a GPU, which takes minutes"
+        "--compile", action="store_true", help="on a GPU, compile networks, which takes minutes"
     )
     parser.add_argument(
         "--out",
@@ -64,8 +64,8 @@ def arguments(doc: str, rounds: int = 3, **own: dict) -> argparse.Namespace:
     options.case = tuple(text for several in options.case for text in several.split(","))
     options.until = time.perf_counter() + 60 * options.minutes
     options.device = pick_device(options.device)
-    if not options.compile:
-        os.environ["KDLIB_COMPILE"] = "never"
+    options.compile &= options.device.type == "cuda"
+    os.environ["KDLIB_COMPILE"] = "always" if options.compile else "never"
     prepare(options.device)
     return options
 

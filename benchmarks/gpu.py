@@ -2,8 +2,8 @@
 
 Every figure is in the CSV as soon as it is measured, so a GPU that is lent for minutes gives what
 the time allows: ``timeout 200 python -m benchmarks.gpu --minutes 3 --device cuda``. After
-``--minutes`` no further turn begins; a turn takes seconds, the first one of 32 students about half
-a minute.
+``--minutes`` no further turn begins. A turn takes seconds, but the students of a first turn have to
+be made before it.
 
 - machine: the time of a node of a CUDA graph ("small operation"), the speed of a copy, and of
   products of matrices in half precision and in float32. See ``ceilings``.
@@ -78,9 +78,8 @@ def with_shares(
     """The bounds of a pair, its rows as they are measured, and their shares of the bounds."""
     device, dtype = options.device, training_dtype(options.device)
     student, teacher = (build_model(n, CLASSES, seed=0) for n in (case.student, case.teacher))
-    compiled = options.compile and device.type == "cuda"
     step, chunk = (
-        training(student, case.batch, dtype, compiled),
+        training(student, case.batch, dtype, options.compile),
         min(CHUNK[device.type], case.images),
     )
     sweep = forward(folded(teacher.eval()), chunk, dtype)

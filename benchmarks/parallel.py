@@ -42,11 +42,10 @@ def run_pair(name: str, pair: tuple, options: argparse.Namespace) -> Iterator[di
         students = Students(run, images, test)
         students.fill_cache()
         try:
-            for n in NUMBERS:
-                for trainer in students.first(n):
-                    trainer.begin_epoch()  # on a GPU it captures the step
+            for n in range(1, NUMBERS[-1] + 1):
+                students.first(n)[-1].begin_epoch()  # on a GPU it captures the step
         except torch.OutOfMemoryError:
-            students.trainers.pop()  # the last one is incomplete
+            del students.trainers[n - 1 :]  # release the incomplete one
             print(f"{len(students.trainers)} students {student} fit in memory.")
         fitting = [n for n in NUMBERS if n <= len(students.trainers)]
         contenders = {f"students: {n}": partial(students.turn, n) for n in fitting}

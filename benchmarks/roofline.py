@@ -13,8 +13,8 @@ that a processor cache kept data that the count moves through memory, or that a 
 counted multiplications by padding. For 3x3 convolutions on 4x4 images these are three in ten.
 
 - students: a step of a kdlib Trainer with cross-entropy, with batch and update. On a GPU it is the
-  replayed CUDA graph, with compiled kernels if kdlib compiles. The time per kernel is that of a
-  node of a CUDA graph on a GPU, and that of an operation called by the host on a CPU.
+  replayed CUDA graph, with compiled kernels if ``--compile`` asks for them. The time per kernel is
+  that of a node of a CUDA graph on a GPU, and that of an operation called by the host on a CPU.
 - teachers: forward passes for the cache of logits, with folded batch norms.
 
 Networks take turns. The limiting part is beside each share. The CSV also has the counted work of a
@@ -47,8 +47,6 @@ from kdlib.engine.device import environment, training_dtype
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.trainer import Trainer
 
-# With --compile long enough for a Trainer to compile its network; only a few steps run.
-EPOCHS = 1000
 # Of a turn: steps of a student, chunks of a teacher.
 STEPS = {"cpu": 2, "cuda": 200}
 CHUNKS = {"cpu": 1, "cuda": 12}
@@ -88,7 +86,7 @@ class Contender(NamedTuple):
 
 def student(case: Case, device: torch.device) -> Contender:
     images = noise(STEPS[device.type] * case.batch, device)
-    run = Run("cifar100", case.network, Recipe(EPOCHS, case.batch, lr=0.05))
+    run = Run("cifar100", case.network, Recipe(1, case.batch, lr=0.05))
     trainer = Trainer(run, images, images, CachePool())
     state = trainer.state
     work = training(state.modules["student"], case.batch, state.dtype, state.compiled)

@@ -6,9 +6,9 @@
   instead of returning them to the system, so a layer need not map its memory again.
 - P1: P0 in half precision if the device has it, with channels_last, and without ``.item()``.
 - P4: P1 with the images on the device.
-- P4c, on a GPU with ``--compile``: P4 with ``torch.compile`` for student and teacher. kdlib then
-  compiles, too, where a run is long enough. On a CPU nothing is compiled: it takes minutes per
-  network and saves at most a tenth.
+- P4c, on a GPU with ``--compile``: P4 with ``torch.compile`` for student and teacher. K1 to K3 then
+  compile, too. On a CPU nothing is compiled: it takes minutes per network and saves at most a
+  tenth.
 - K1: a kdlib Trainer with an empty cache of teacher logits. The time includes the teacher's logits
   of one epoch.
 - K2: the same Trainer with all logits of the epoch in the cache. Later students, seeds or settings
@@ -215,7 +215,7 @@ class Students:
 def run_case(name: str, case: Case, options: argparse.Namespace) -> Iterator[dict]:
     """Speeds and ratios of one pair of networks, as they are measured."""
     gpu, recipe = options.device.type == "cuda", replace(RECIPE, batch=case.batch)
-    names = [*case.loops, *(["P4c"] if gpu and options.compile else [])]
+    names = [*case.loops, *(["P4c"] if options.compile else [])]
     with untrained(case.teacher, case.images, options.device, recipe) as (teacher, images, test):
         run = Run(teacher.data, case.student, recipe, KD(teacher))
         students, empty = Students(run, images, test), CachePool()
