@@ -11,32 +11,37 @@ the GPU, started by one core. "largest difference" compares one batch of ``Image
 torchvision's operations for the same crops and flips, in normalised units.
 """
 
+import argparse
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks import arguments, compare, report, row, timed
+from benchmarks import arguments, compare, row, selected, timed
 from benchmarks.field import PilData, augmentation, by_torchvision, unpadded
+from benchmarks.tables import report
 from kdlib.data import Images
 from kdlib.engine.plan import plan
 
 COUNT = 10_000
+CLASSES = 100
 BATCHES = (64, 512)
 KDLIB_EPOCHS = 20  # one epoch is too short to time
 RATIOS = {("kdlib", "pipeline"): 40.0, ("kdlib", "transforms"): None}
 
 
-def noise(count: int, device: torch.device) -> Images:
-    """A data set of random pixels with CIFAR's shape."""
+def noise(count: int, device: torch.device, split: str = "train") -> Images:
+    """Random pixels with the shape and the number of classes of CIFAR-100; classes take turns."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
     return Images(
         name="noise",
-        split="train",
+        split=split,
         pixels=F.pad(pixels, (0, 0, 4, 4, 4, 4)).to(device),
-        labels=torch.zeros(count, dtype=torch.int64, device=device),
-        class_names=("noise",),
+        labels=torch.arange(count, device=device) % CLASSES,
+        class_names=tuple(f"{k:02d}" for k in range(CLASSES)),
         mean=(0.5, 0.5, 0.5),
         std=(0.289, 0.289, 0.289),
         pad=4,
@@ -72,16 +77,19 @@ def contenders(images: Images, batch: int) -> dict:
     }
 
 
+def run_batch(case: str, batch: int, options: argparse.Namespace) -> Iterator[dict]:
+    images = noise(COUNT, options.device)
+    index, view = (t[:batch].to(options.device) for t in plan(0, 0, COUNT, images.views))
+    off = (images.batch(index, view) - by_torchvision(images, index, view)).abs().max().item()
+    yield row(case, "largest difference", off)
+    yield from compare(case, contenders(images, batch), RATIOS, options)
+
+
 def main() -> None:
     options = arguments(__doc__)
     torch.set_num_threads(1)
-    images, rows = noise(COUNT, options.device), []
-    index, view = (t[:512].to(options.device) for t in plan(0, 0, COUNT, images.views))
-    off = (images.batch(index, view) - by_torchvision(images, index, view)).abs().max().item()
-    for batch in BATCHES:
-        rows += compare(f"batch {batch}", contenders(images, batch), RATIOS, options)
-    rows.append(row("batch 512", "largest difference", off))
-    report("batches", rows, options)
+    cases = selected({f"batch {batch}": batch for batch in BATCHES}, options)
+    report("batches", (r for case in cases for r in run_batch(*case, options)), options)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@
   host needs to call an operation.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from benchmarks import arguments, report, row, timed
-from kdlib.engine.device import prepare, training_dtype
+from benchmarks import arguments, row, time_is_over, timed
+from benchmarks.tables import report
+from kdlib.engine.device import training_dtype
 
 # Sizes that take at least milliseconds: elements of the copied float32 tensor, side of the
 # matrices, number of images and their height and width after the convolution.
@@ -25,6 +27,7 @@ CONVOLVED = {"cpu": (16, 8), "cuda": (1024, 16)}
 CHANNELS = 512
 NODES = 1000
 REPEATS = 5
+MACHINE = "machine"  # the case of the limits in a table
 
 
 class Ceilings(NamedTuple):
@@ -43,21 +46,18 @@ class Ceilings(NamedTuple):
 
 def measure(device: torch.device) -> Ceilings:
     """Measure each limit of ``device`` as the best of a few repeats."""
-    arithmetic = max(_multiplying(device), _convolving(device))
+    arithmetic = max(multiplying(device, training_dtype(device)), _convolving(device))
     return Ceilings(_copying(device), arithmetic, _fastest(_chain(device), device) / NODES)
 
 
-def rows_of(measured: list[Ceilings], device: torch.device) -> list[dict]:
-    """Rows for ``report``, one round per measurement."""
+def rows_of(ceilings: Ceilings, device: torch.device, k: int) -> list[dict]:
+    """Rows of one measurement, that of round ``k``."""
     precision = str(training_dtype(device)).removeprefix("torch.")
-    rows = []
-    for k, ceilings in enumerate(measured):
-        rows += [
-            row("machine", "copy, GB/s", ceilings.bytes_per_s / 1e9, k),
-            row("machine", f"arithmetic in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
-            row("machine", "small operation, µs", ceilings.node_s * 1e6, k),
-        ]
-    return rows
+    return [
+        row(MACHINE, "small operation, µs", ceilings.node_s * 1e6, k),
+        row(MACHINE, "copy, GB/s", ceilings.bytes_per_s / 1e9, k),
+        row(MACHINE, f"arithmetic in {precision}, GFLOP/s", ceilings.flops_per_s / 1e9, k),
+    ]
 
 
 def _copying(device: torch.device) -> float:
@@ -67,9 +67,10 @@ def _copying(device: torch.device) -> float:
     return 2 * source.numel() * source.itemsize / seconds
 
 
-def _multiplying(device: torch.device) -> float:
+def multiplying(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of square matrices in this precision."""
     side = SIDE[device.type]
-    a, b = torch.randn(2, side, side, device=device).to(training_dtype(device))
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
     product = torch.empty_like(a)
     return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=product), device)
 
@@ -110,11 +111,16 @@ def _fastest(work: Callable, device: torch.device) -> float:
     return min(timed(work, 0, device).wall for _ in range(REPEATS))
 
 
+def rounds(options: argparse.Namespace) -> Iterator[dict]:
+    for k in range(options.rounds):
+        if time_is_over(options, f"round {k + 1}"):
+            return
+        yield from rows_of(measure(options.device), options.device, k)
+
+
 def main() -> None:
     options = arguments(__doc__)
-    prepare(options.device)
-    measured = [measure(options.device) for _ in range(options.rounds)]
-    report("ceilings", rows_of(measured, options.device), options)
+    report("ceilings", rounds(options), options)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ input of a convolution even if its weight needs no gradient, so freezing saves l
 """
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import arguments, compare, report, row
+from benchmarks import arguments, compare, row, selected
+from benchmarks.tables import report
 from benchmarks.training import RECIPE, train_turn, untrained
 from kdlib import STC, Run
 from kdlib.engine.cache_pool import CachePool
@@ -49,8 +51,8 @@ def step_bytes(trainer: Trainer) -> int:
     return sum(saved.values()) + sum(g.numel() * g.itemsize for g in gradients)
 
 
-def run_pair(student: str, teacher: str, options: argparse.Namespace) -> list[dict]:
-    name, count = f"{student} ← {teacher}", IMAGES[options.device.type]
+def run_pair(name: str, pair: tuple[str, str], options: argparse.Namespace) -> Iterator[dict]:
+    (student, teacher), count = pair, IMAGES[options.device.type]
     with untrained(teacher, count, options.device) as (teacher_run, images, test):
         run = Run(teacher_run.data, student, RECIPE, STC(teacher_run))
         pools = {which: CachePool() for which in ("naive", "frozen")}
@@ -62,15 +64,17 @@ def run_pair(student: str, teacher: str, options: argparse.Namespace) -> list[di
         }
         contenders["cached"] = partial(train_turn, [trainers["frozen"]])
         ratios = {("frozen", "naive"): None, ("cached", "naive"): None}
-        rows = list(compare(name, contenders, ratios, options))
+        yield from compare(name, contenders, ratios, options)
         for which, trainer in trainers.items():
-            rows.append(row(name, f"memory of a step, {which}, MB", step_bytes(trainer) / 2**20))
-        return rows
+            yield row(name, f"memory of a step, {which}, MB", step_bytes(trainer) / 2**20)
 
 
 def main() -> None:
     options = arguments(__doc__)
-    report("collaboration", [r for pair in PAIRS for r in run_pair(*pair, options)], options)
+    cases = selected(
+        {f"{student} ← {teacher}": (student, teacher) for student, teacher in PAIRS}, options
+    )
+    report("collaboration", (r for case in cases for r in run_pair(*case, options)), options)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ gradients; weights do not count.
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks import arguments, compare, report, row
+from benchmarks import arguments, compare, row, selected
 from benchmarks.collaboration import IMAGES, step_bytes
+from benchmarks.tables import report
 from benchmarks.training import RECIPE, train_turn, untrained
 from kdlib import KD, GateSearch, Run
 from kdlib.engine.cache_pool import CachePool
@@ -41,7 +43,7 @@ class OnInputs(GateSearch):
         return logits
 
 
-def run_network(name: str, options: argparse.Namespace) -> list[dict]:
+def run_network(name: str, options: argparse.Namespace) -> Iterator[dict]:
     count = IMAGES[options.device.type]
     with untrained(name, count, options.device) as (teacher, images, test):
         settings = {"budget": 0.01, "strength": 1e-6}  # no gate closes while the time runs
@@ -57,15 +59,15 @@ def run_network(name: str, options: argparse.Namespace) -> list[dict]:
         trainers = {w: Trainer(run, images, test, CachePool()) for w, run in runs.items()}
         contenders = {w: partial(train_turn, [trainer]) for w, trainer in trainers.items()}
         ratios = {("weights", "plain"): None, ("weights", "inputs"): None}
-        rows = list(compare(name, contenders, ratios, options))
+        yield from compare(name, contenders, ratios, options)
         for which, trainer in trainers.items():
-            rows.append(row(name, f"memory of a step, {which}, MB", step_bytes(trainer) / 2**20))
-        return rows
+            yield row(name, f"memory of a step, {which}, MB", step_bytes(trainer) / 2**20)
 
 
 def main() -> None:
     options = arguments(__doc__)
-    report("gates", [r for name in NETWORKS for r in run_network(name, options)], options)
+    cases = selected({name: name for name in NETWORKS}, options)
+    report("gates", (r for name, _ in cases for r in run_network(name, options)), options)
 
 
 if __name__ == "__main__":

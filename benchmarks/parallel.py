@@ -1,13 +1,14 @@
 """Speed of 1 to 64 students trained in parallel, in images/s of all students.
 
-Each student has a seed of its own. All students share one cache of the teacher's logits, which has
-all logits of the epoch. A turn is one epoch of every student. A rising line shows that the device
-had unused time. A flat line, as on a CPU, shows that one student keeps the device busy: another
-student costs its own arithmetic and no more. The time excludes evaluation and saving.
+Each student has a seed of its own. All students share one cache of logits, filled with random
+numbers: a step takes the same time, and no teacher has to run. A turn is one epoch of every
+student. A rising line shows that the device had unused time. A flat line, as on a CPU, shows that
+one student keeps the device busy: another student costs its own arithmetic and no more. The time
+excludes evaluation and saving.
 """
 
 import argparse
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 
 import pandas as pd
@@ -15,46 +16,41 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks import arguments, compare, report, save_picture
-from benchmarks.training import RECIPE, train_turn, untrained
+from benchmarks import arguments, compare, selected
+from benchmarks.tables import report
+from benchmarks.training import RECIPE, Students, untrained
 from kdbook import figures
 from kdlib import KD, Run
-from kdlib.engine.cache_pool import CachePool
-from kdlib.engine.device import prepare
-from kdlib.engine.trainer import Trainer
 
-# Student, teacher, images.
+# Student, teacher, and images: as few as fill a turn.
 PAIRS = {
     "cpu": [("resnet8-x0.5", "resnet8", 256)],
     "cuda": [
-        ("mobilenetv2-t6-w0.5", "resnet50", 50_000),
-        ("resnet20", "resnet110", 50_000),
-        ("densenet-bc-100-12", "densenet-bc-100-12", 12_800),
+        ("mobilenetv2-t6-w0.5", "resnet50", 8192),
+        ("resnet20", "resnet110", 8192),
+        ("densenet-bc-100-12", "densenet-bc-100-12", 2048),
     ],
 }
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run_pair(student: str, teacher: str, count: int, options: argparse.Namespace) -> list[dict]:
+def run_pair(name: str, pair: tuple, options: argparse.Namespace) -> Iterator[dict]:
     """Speeds for all numbers of students that fit in memory."""
+    student, teacher, count = pair
     with untrained(teacher, count, options.device) as (teacher_run, images, test):
         run = Run(teacher_run.data, student, RECIPE, KD(teacher_run))
-        caches, trainers = CachePool(), []
+        students = Students(run, images, test)
+        students.fill_cache()
         try:
-            for seed in range(NUMBERS[-1]):
-                trainer = Trainer(replace(run, seed=seed), images, test, caches)
-                trainer.begin_epoch()  # puts its logits into the cache
-                trainers.append(trainer)
+            for n in range(1, NUMBERS[-1] + 1):
+                students.first(n)[-1].begin_epoch()  # on a GPU it captures the step
         except torch.OutOfMemoryError:
-            trainer = None  # release the incomplete one
-            print(f"{len(trainers)} students {student} fit in memory.")
-        contenders = {
-            f"students: {n}": partial(train_turn, trainers[:n])
-            for n in NUMBERS
-            if n <= len(trainers)
-        }
+            del students.trainers[n - 1 :]  # release the incomplete one
+            print(f"{len(students.trainers)} students {student} fit in memory.")
+        fitting = [n for n in NUMBERS if n <= len(students.trainers)]
+        contenders = {f"students: {n}": partial(students.turn, n) for n in fitting}
         ratios = {([*contenders][-1], "students: 1"): None}
-        return [*compare(f"{student} ← {teacher}", contenders, ratios, options)]
+        yield from compare(name, contenders, ratios, options)
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -83,10 +79,12 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def main() -> None:
     options = arguments(__doc__)
-    prepare(options.device)
-    rows = [r for pair in PAIRS[options.device.type] for r in run_pair(*pair, options)]
-    save_picture("parallel", draw(pd.DataFrame(rows)), options)
-    report("parallel", rows, options)
+    pairs = {
+        f"{student} ← {teacher}": (student, teacher, count)
+        for student, teacher, count in PAIRS[options.device.type]
+    }
+    rows = (r for case in selected(pairs, options) for r in run_pair(*case, options))
+    report("parallel", rows, options, draw)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ If a loss needs features of the teacher, the teacher runs in every step, with an
 both counts include this. Networks that a method trains beside the student do not count.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks import arguments, report, row, save_picture
+from benchmarks import arguments, row, selected
+from benchmarks.tables import report
 from kdbook import figures
 from kdbook.cli.forecast import estimated_runs
 from kdbook.cli.notebooks import all_notebooks
@@ -84,18 +86,20 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def rows_for(case: str, profile_name: str, seeds: int) -> Iterator[dict]:
+    found = costs(runs_of_book(profile_name, seeds))
+    training, uncached, cached = found.values()
+    found = {quantity: value / 1e18 for quantity, value in found.items()}
+    found["total, uncached / cached"] = (training + uncached) / (training + cached)
+    for quantity, value in found.items():
+        yield row(case, quantity, value) | {"seeds": seeds}
+
+
 def main() -> None:
     options = arguments(__doc__, profile={"choices": [*PROFILES], "default": "paper"})
-    rows = []
-    for seeds in SEEDS:
-        found = costs(runs_of_book(options.profile, seeds))
-        training, uncached, cached = found.values()
-        found = {quantity: value / 1e18 for quantity, value in found.items()}
-        found["total, uncached / cached"] = (training + uncached) / (training + cached)
-        case = f"{options.profile}, seeds: {seeds}"
-        rows += [row(case, quantity, v) | {"seeds": seeds} for quantity, v in found.items()]
-    save_picture("seeds", draw(pd.DataFrame(rows)), options)
-    report("seeds", rows, options)
+    cases = selected({f"{options.profile}, seeds: {seeds}": seeds for seeds in SEEDS}, options)
+    rows = (r for case, seeds in cases for r in rows_for(case, options.profile, seeds))
+    report("seeds", rows, options, draw)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ notebook per core.
 
 import argparse
 import os
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from benchmarks import Turn, arguments, compare, report
+from benchmarks import Turn, arguments, compare, selected
 from benchmarks.layouts import Contender, Setting
-from kdlib.engine.device import prepare
+from benchmarks.tables import report
 
 # By the side of the images: networks of smoke, and students of the papers.
 NETWORKS = {
@@ -22,7 +23,7 @@ NETWORKS = {
 }
 
 
-def run_network(name: str, side: int, options: argparse.Namespace) -> list[dict]:
+def run_network(case: str, name: str, side: int, options: argparse.Namespace) -> Iterator[dict]:
     contender = Contender(name, side, Setting(torch.channels_last), options.device)
     cores = os.cpu_count() or 1
 
@@ -32,18 +33,16 @@ def run_network(name: str, side: int, options: argparse.Namespace) -> list[dict]
 
     contenders = {"one thread": partial(turn, 1), "all cores": partial(turn, cores)}
     ratios = {("all cores", "one thread"): None}
-    return [*compare(f"{name}, {side}x{side}", contenders, ratios, options)]
+    yield from compare(case, contenders, ratios, options)
 
 
 def main() -> None:
     options = arguments(__doc__)
-    prepare(options.device)
-    rows = [
-        r
-        for side, names in NETWORKS.items()
-        for name in names
-        for r in run_network(name, side, options)
-    ]
+    networks = {
+        f"{name}, {side}x{side}": (name, side) for side, names in NETWORKS.items() for name in names
+    }
+    cases = selected(networks, options)
+    rows = (r for case, network in cases for r in run_network(case, *network, options))
     report("threads", rows, options)
 
 

@@ -5,13 +5,16 @@
 - P0m, on a CPU: P0 with one setting of kdlib that helps any loop. glibc keeps large freed blocks
   instead of returning them to the system, so a layer need not map its memory again.
 - P1: P0 in half precision if the device has it, with channels_last, and without ``.item()``.
-- P4: P1 with the images on the device and, on a GPU, ``torch.compile`` for student and teacher. On
-  a CPU there is no compilation: it takes minutes per network and saves at most a tenth.
+- P4: P1 with the images on the device.
+- P4c, on a GPU with ``--compile``: P4 with ``torch.compile`` for student and teacher. K1 to K3 then
+  compile, too. On a CPU nothing is compiled: it takes minutes per network and saves at most a
+  tenth.
 - K1: a kdlib Trainer with an empty cache of teacher logits. The time includes the teacher's logits
   of one epoch.
 - K2: the same Trainer with all logits of the epoch in the cache. Later students, seeds or settings
   with the same teacher come close to this case.
-- K3(n): n students of different seeds trained in parallel, logits in the cache.
+- K3(n): n students of different seeds trained in parallel, logits in the cache. The cache of K2
+  and K3 is filled with random logits: a step takes the same time, and no teacher has to run.
 - teacher alone: forward passes of the teacher for the cache.
 
 All contenders have the same networks, batch, images, threads and process. The networks are
@@ -34,39 +37,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from benchmarks import Turn, arguments, compare, report, row, synchronize, timed
+from benchmarks import Turn, arguments, compare, row, selected, synchronize, timed
+from benchmarks.batches import CLASSES, noise
 from benchmarks.field import FieldLoop, Style, by_torchvision
-from kdlib import KD, Recipe, Run, build_model, load_data, store
+from benchmarks.tables import report
+from kdlib import KD, Recipe, Run, build_model, store
 from kdlib.data import Images
 from kdlib.engine.cache_pool import CachePool
-from kdlib.engine.device import environment, prepare
+from kdlib.engine.device import environment
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.trainer import Trainer
 
-CLASSES = 100
 RECIPE = Recipe(epochs=240, batch=64, lr=0.05)
+STYLES = {
+    "P0": Style(),
+    "P1": Style(modern=True),
+    "P4": Style(modern=True, resident=True),
+    "P4c": Style(modern=True, resident=True, compiled=True),
+}
 
 
 class Case(NamedTuple):
-    """A pair of networks, the target ratios, and the length of turns."""
+    """A pair of networks, the target ratios, the length of turns, and the usual loops to time."""
 
     student: str
     teacher: str
     batch: int
     targets: dict[tuple[str, str], float]
     images: int
-    steps: int  # of P0, P1, P4 and of the teacher alone
+    steps: int  # of the usual loops and of the teacher alone
     parallel: tuple[int, ...]
-    warm_up: int = 1  # steps of P0, P1 and P4 before the time starts
+    warm_up: int = 1  # steps of the usual loops before the time starts
     epochs: int = 1  # of K2 and K3
+    loops: tuple[str, ...] = ("P0", "P1", "P4")
     teacher_target: float | None = None  # images/s of the teacher alone
 
 
@@ -108,22 +116,10 @@ def untrained(
     """A store that has an untrained teacher: its run, training images and test images."""
     with tempfile.TemporaryDirectory() as root:
         os.environ["KDLIB_HOME"] = f"{root}/runs"
-        data = noise_folder(Path(root) / "noise", count)
-        images, test = (load_data(data, split, device) for split in ("train", "test"))
-        run = Run(data, teacher, recipe)
+        images, test = noise(count, device), noise(CLASSES, device, "test")
+        run = Run("noise@0", teacher, recipe)  # never loaded by this name
         save_untrained(run, images)
         yield run, images, test
-
-
-def noise_folder(root: Path, count: int) -> str:
-    """Write random images in kdlib's folder layout and return the name of the data set."""
-    generator = np.random.default_rng(0)
-    for split, size in (("train", count), ("test", CLASSES)):
-        for k, pixels in enumerate(generator.integers(256, size=(size, 32, 32, 3), dtype=np.uint8)):
-            path = root / split / f"{k % CLASSES:02d}" / f"{k:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    return f"folder:{root}"
 
 
 def save_untrained(teacher: Run, images: Images) -> None:
@@ -192,47 +188,73 @@ def first_losses_differ(trainer: Trainer, field: FieldLoop) -> float:
     return abs(trainer.meter.sums["loss"].item() - reference) / reference
 
 
-def run_case(case: Case, options: argparse.Namespace) -> list[dict]:
-    name, gpu = f"{case.student} ← {case.teacher}", options.device.type == "cuda"
-    recipe = replace(RECIPE, batch=case.batch)
+class Students:
+    """Trainers of one run with the seeds 0, 1, …; all have one cache of the teacher's logits."""
+
+    def __init__(self, run: Run, images: Images, test: Images):
+        self.run, self.images, self.test = run, images, test
+        self.caches, self.trainers = CachePool(), []
+
+    def first(self, count: int) -> list[Trainer]:
+        """The first trainers, made when they are first needed: a capture takes a second or so."""
+        for seed in range(len(self.trainers), count):
+            run = replace(self.run, seed=seed)
+            self.trainers.append(Trainer(run, self.images, self.test, self.caches))
+        return self.trainers[:count]
+
+    def turn(self, count: int, epochs: int = 1) -> Turn:
+        return train_turn(self.first(count), epochs)
+
+    def fill_cache(self) -> None:
+        """Random logits for all views, so that no seed needs passes of the teacher."""
+        self.first(1)[0].begin_epoch()  # makes the cache
+        for cache in self.caches.caches.values():
+            cache.table.normal_()
+            cache.known.fill_(True)
+
+
+def run_case(name: str, case: Case, options: argparse.Namespace) -> Iterator[dict]:
+    """Speeds and ratios of one pair of networks, as they are measured."""
+    gpu, recipe = options.device.type == "cuda", replace(RECIPE, batch=case.batch)
+    names = [*case.loops, *(["P4c"] if options.compile else [])]
     with untrained(case.teacher, case.images, options.device, recipe) as (teacher, images, test):
         run = Run(teacher.data, case.student, recipe, KD(teacher))
-        caches, empty = CachePool(), CachePool()
-        seeds = range(max(case.parallel))
-        trainers = [Trainer(replace(run, seed=s), images, test, caches) for s in seeds]
+        students, empty = Students(run, images, test), CachePool()
+        loops = {p: FieldLoop(run, images, case.warm_up, case.steps, STYLES[p]) for p in names}
+        difference = first_losses_differ(students.first(1)[0], loops["P0"])
+        yield row(name, "first loss, relative difference", difference)
+        students.fill_cache()
         alone = Trainer(run, images, test, empty)
         cache = LogitCache(store.load_checkpoint(teacher, recipe.epochs)[0], images)
-        styles = {"P0": Style(), "P1": Style(modern=True), "P4": Style(True, True, compiled=gpu)}
-        loops = {p: FieldLoop(run, images, case.warm_up, case.steps, s) for p, s in styles.items()}
-        difference = first_losses_differ(trainers[0], loops["P0"])
-        rows = [row(name, "first loss, relative difference", difference)]
-        train_turn(trainers)  # the cache then has the logits of all seeds
-        together = {f"K3({n})": trainers[:n] for n in case.parallel}
+        together = {f"K3({n})": partial(students.turn, n, case.epochs) for n in case.parallel}
         contenders = {
             **{p: loop.turn for p, loop in loops.items()},
             **({} if gpu else {"P0m": partial(loops["P0"].turn, kept=1 << 30)}),
             "K1": partial(train_turn, [alone], empty=empty),
-            "K2": partial(train_turn, trainers[:1], case.epochs),
-            **{k: partial(train_turn, several, case.epochs) for k, several in together.items()},
+            "K2": partial(students.turn, 1, case.epochs),
             "teacher alone": partial(
                 teacher_turn, cache, -(-case.steps * case.batch // cache.chunk)
             ),
+            **together,
         }
-        widest = [*together][-1]
-        pairs = [("P1", "P0"), ("P4", "P0"), ("K1", "P0"), ("K2", "P0"), ("K2", "P1"), ("K2", "P4")]
-        pairs += [(widest, "K2"), (widest, "P0")] + ([] if gpu else [("K2", "P0m")])
-        ratios = {pair: case.targets.get(pair) for pair in pairs}
+        pairs = [("P1", "P0"), ("P4", "P0"), ("P4c", "P0"), ("K1", "P0"), ("K2", "P0")]
+        pairs += [("K2", which) for which in ("P1", "P4", "P4c", "P0m")]
+        pairs += [(several, one) for several in together for one in ("K2", "P0")]
+        ratios = {p: case.targets.get(p) for p in pairs if {*p} <= contenders.keys()}
         speeds = {"teacher alone": case.teacher_target}
-        rows += compare(name, contenders, ratios, options, speeds)
+        yield from compare(name, contenders, ratios, options, speeds)
         peak = environment(options.device, alone.state.dtype)["peak_memory_mb"]
-        return [*rows, row(name, "peak memory, MB", peak)]
+        yield row(name, "peak memory, MB", peak)
+
+
+def by_name(cases: list[Case]) -> dict[str, Case]:
+    return {f"{case.student} ← {case.teacher}": case for case in cases}
 
 
 def main() -> None:
     options = arguments(__doc__)
-    prepare(options.device)
-    rows = [line for case in CASES[options.device.type] for line in run_case(case, options)]
-    report("training", rows, options)
+    cases = selected(by_name(CASES[options.device.type]), options)
+    report("training", (r for case in cases for r in run_case(*case, options)), options)
 
 
 if __name__ == "__main__":

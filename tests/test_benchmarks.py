@@ -1,4 +1,4 @@
-"""The counted work, the measured limits and the bounds of the benchmarks."""
+"""The counted work and the bounds of the benchmarks, and what they measure."""
 
 import sys
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bounds, ceilings, roofline
+from benchmarks import bounds, ceilings, gpu, roofline
 from benchmarks.bounds import Work
 from benchmarks.ceilings import Ceilings
+from benchmarks.training import Case
 from kdlib import build_model, count_cost
 from kdlib.engine.logit_cache import folded
 from kdlib.models.staged import batch_norm
@@ -164,11 +165,18 @@ def test_the_best_of_several_measurements():
     assert Ceilings.best(measured) == Ceilings(2.0, 20.0, 0.3)
 
 
-def test_the_roofline_measures_a_student_and_a_teacher(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """Limits of the machine measured in milliseconds; a store that programs may replace."""
     monkeypatch.setattr(ceilings, "COPIED", {"cpu": 1 << 18})
     monkeypatch.setattr(ceilings, "SIDE", {"cpu": 128})
     monkeypatch.setattr(ceilings, "CONVOLVED", {"cpu": (1, 4)})
     monkeypatch.setattr(ceilings, "CHANNELS", 32)
+    for variable in ("KDLIB_HOME", "KDLIB_COMPILE"):
+        monkeypatch.setenv(variable, "")
+
+
+def test_the_roofline_measures_a_student_and_a_teacher(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(roofline, "STUDENTS", [roofline.Case("resnet8-x0.25", 8)])
     monkeypatch.setattr(roofline, "DENSENET", {"cpu": roofline.Case("densenet-bc-10-4", 8)})
     monkeypatch.setattr(roofline, "TEACHERS", [roofline.Case("resnet8-x0.25", None)])
@@ -189,3 +197,18 @@ def test_the_roofline_measures_a_student_and_a_teacher(tmp_path, monkeypatch):
         assert bound == pytest.approx(rows.batch.iloc[0] / parts.max())
         assert parts.idxmax() == f"{rows.cause.iloc[0]}_s"
     assert (tmp_path / "out" / "roofline-cpu.png").stat().st_size > 0
+
+
+def test_gpu_measures_speeds_and_their_shares_of_the_bounds(tmp_path, monkeypatch, quick):
+    short = {"images": 32, "steps": 1, "parallel": (2,), "loops": ("P0", "P1")}
+    case = Case("resnet8-x0.25", "resnet14-x0.25", 8, {}, **short)
+    monkeypatch.setattr(gpu, "CASES", {"cpu": [case]})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rounds", "1", "--out", str(tmp_path)])
+    gpu.main()
+    table = pd.read_csv(tmp_path / "gpu-cpu.csv")
+    values = table[table.case == "resnet8-x0.25 ← resnet14-x0.25"].set_index("quantity").value
+    assert (values[[f"{which}, images/s" for which in ("P0", "P1", "K1", "K2", "K3(2)")]] > 0).all()
+    (bound,) = values[values.index.str.startswith("bound of K2")]
+    assert values["K2, share of the bound"] == pytest.approx(values["K2, images/s"] / bound)
+    assert values["K2 / P0"] == pytest.approx(values["K2, images/s"] / values["P0, images/s"])
+    assert "product of matrices in bfloat16, TFLOP/s" in set(table.quantity)
