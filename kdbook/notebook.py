@@ -8,10 +8,14 @@ from numbers import Real
 
 import pandas as pd
 import torch
-from IPython.display import Markdown
 
 from kdlib.data import load_data
 from kdlib.store import Trained
+
+try:
+    from IPython.display import Markdown
+except ImportError:  # a machine that only trains may lack Jupyter
+    Markdown = str
 
 
 def show(*functions: Callable) -> Markdown:

@@ -39,6 +39,11 @@ ROOMS = [
     ("losses", "data", "models"),
     *(("description", "runs"), ("methods",), ("store",), ("engine",), ("chains",), ("kdlib",)),
 ]
+# Packages that show and execute notebooks, with those that they bring.
+JUPYTER = {
+    *("IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "jupyterlab"),
+    *("nbclient", "nbconvert", "nbformat", "papermill", "snakemake", "traitlets"),
+}
 
 
 # --- environments ---------------------------------------------------------------------------------
@@ -144,21 +149,46 @@ def test_no_files_import_each_other_in_a_cycle():
     TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
-def test_kdlib_can_be_imported_without_the_packages_that_only_the_book_needs():
-    code = """
+def run_without(packages: set[str], code: str) -> None:
+    """Run Python code in a process that cannot import these packages."""
+    block = f"""
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {
-            "pandas", "matplotlib", "seaborn", "IPython", "jupyterlab", "papermill", "snakemake",
-            "sklearn", "scipy", "yaml",
-        }:
+        if name.partition(".")[0] in {packages}:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-import kdlib
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", block + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kdlib_can_be_imported_without_the_packages_that_only_the_book_needs():
+    only_book = {"pandas", "matplotlib", "seaborn", "sklearn", "scipy", "yaml"}
+    run_without(JUPYTER | only_book, "import kdlib")
+
+
+def test_training_needs_no_jupyter_and_no_torchvision():
+    """A rented GPU machine has few packages: the runs of every notebook, one of them trained."""
+    code = """
+import kdbook.cli.run_all, kdbook.cli.shard, kdbook.cli.declared, kdbook.cli.notebooks, kdlib
+for notebook in kdbook.cli.notebooks.all_notebooks():
+    runs = kdbook.cli.declared.declared_runs(notebook)
+    assert bool(runs) == notebook.trains
+    if notebook.exhibit == "book/start_here":
+        kdlib.train(runs[:1])
+"""
+    run_without(JUPYTER | {"psutil", "torchvision"}, code)
+
+
+def test_the_tests_for_a_gpu_need_no_jupyter():
+    files = [str(path) for path in sorted(ROOT.glob("tests/kdlib/engine/test_gpu*.py"))]
+    words = ["--collect-only", "-q", "-m", "gpu", "-p", "no:nbval", *files]
+    run_without(
+        JUPYTER | {"nbval", "psutil", "torchvision"},
+        f"import pytest; sys.exit(pytest.main({words}))",
+    )
 
 
 def test_no_file_is_long_and_kdlib_is_small():

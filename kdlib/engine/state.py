@@ -25,7 +25,7 @@ class TrainState:
         run: the run in training.
         images: the images that it learns from.
         teacher: the first teacher, for a method with ``needs_teacher``.
-        compiled: compile whole networks where a step calls them.
+        compiled: compile whole networks, and modules in float32, where a step calls them.
     """
 
     def __init__(self, run: Run, images: Images, teacher: Staged | None, compiled: bool = False):
@@ -48,7 +48,8 @@ class TrainState:
     def called(self, module: nn.Module) -> AutocastNetwork | nn.Module:
         """A module as a step calls it, in the precision of this training."""
         if isinstance(module, InFloat32):
-            return module
+            # Compiled as a wrapper: the module's weights keep their names.
+            return torch.compile(module, dynamic=False, fullgraph=True) if self.compiled else module
         compiled = self.compiled and isinstance(module, Staged)
         return AutocastNetwork(module, self.device, self.dtype, compiled)
 

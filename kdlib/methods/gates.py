@@ -165,17 +165,26 @@ class Gates(InFloat32):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
-        # For each reader, the number of the layer that computes each of its channels; -1 for none.
+        # The number of each layer; the last stands for the image and the sums, which always count.
         numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
-        sources = [numbers[c.source] for r in channels.readers for c in r.inputs]
-        repeats = [c.channels for r in channels.readers for c in r.inputs]
-        index = torch.tensor(sources).repeat_interleave(torch.tensor(repeats))
-        self.register_buffer("sources", index % (len(numbers)), persistent=False)
+        self.order = sorted(channels.readers, key=lambda reader: not reader.gated)
+        pairs = [
+            (numbers[reader.name], numbers[connection.source] % len(numbers))
+            for reader in self.order
+            for connection in reader.inputs
+            for _ in range(connection.channels)
+        ]
+        readers, sources = torch.tensor(pairs).T
+        reads = torch.eye(len(numbers))  # [a, b] is above 0 where layer a reads layer b
+        reads[readers[count:], sources[count:]] = 1
+        self.register_buffer("reads", reads, persistent=False)
+        self.register_buffer("sources", sources.contiguous(), persistent=False)
+        self.register_buffer("places", (readers * len(numbers) + sources)[:count], persistent=False)
 
     def forward(self, network: Staged | AutocastNetwork) -> dict[str, Tensor]:
         """The weights of the gated network that differ from the network's own, by name."""
         scaled = {}
-        for reader, gate in zip(self.channels.readers, self._effective(), strict=True):
+        for reader, gate in zip(self.order, self._factors(), strict=True):
             layer = network.get_submodule(reader.name)
             if isinstance(layer, nn.BatchNorm2d):  # of a block that may have no inputs
                 scaled[f"{reader.name}.weight"] = layer.weight * gate
@@ -185,23 +194,28 @@ class Gates(InFloat32):
                 scaled[f"{reader.name}.weight"] = layer.weight * gate.view(shape)
         return scaled
 
-    def _effective(self) -> list[Tensor]:
-        """The factors of each reader's channels."""
-        readers = self.channels.readers
-        gates = iter(self.values.split(self.channels.sizes))
-        gates = [next(gates) if reader.gated else None for reader in readers]
-        with torch.no_grad():
-            lives = torch.ones(len(readers) + 1, dtype=torch.bool, device=self.values.device)
-            sources = self.sources.split([reader.channels for reader in readers])
-            masks = []
-            for k, (gate, source) in enumerate(zip(gates, sources, strict=True)):
-                masks.append(lives[source])
-                lives[k] = (masks[k] if gate is None else masks[k] & (gate > 0)).any()
+    def _factors(self) -> list[Tensor]:
+        """The factors of the channels of each reader, in ``order``."""
+        count = len(self.values)
+        sizes = [reader.channels for reader in self.order]
+        split = len(self.channels.sizes)
+        alive = self._alive()[self.sources]
         # Not masked by the gate itself: a closed gate still has a gradient, and may open again.
-        return [
-            mask.float() if gate is None else gate * mask
-            for gate, mask in zip(gates, masks, strict=True)
-        ]
+        gated = (self.values * alive[:count]).split(sizes[:split])
+        return [*gated, *alive[count:].split(sizes[split:])]
+
+    @torch.no_grad()
+    def _alive(self) -> Tensor:
+        """1 for each layer that an open path connects to the image or to a sum, else 0.
+
+        The matrix of paths is squared until it has the longest. Layer by layer, a step would need
+        five operations for each.
+        """
+        is_open = (self.values > 0).to(self.reads.dtype)
+        paths = self.reads.flatten().index_add(0, self.places, is_open).view_as(self.reads)
+        for _ in range(len(paths).bit_length()):
+            paths = (paths @ paths).clamp(max=1)
+        return paths[:, -1]
 
     def kept(self, above: Tensor | float = 0.0) -> Masks:
         """The channels that remain if gates above this value, or these values ``[m]``, are open."""

@@ -160,28 +160,34 @@ class Aggregation(InFloat32):
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
         """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""
-        total, beyond = 0.0, []
-        for k, (group, adapt) in enumerate(zip(self.groups, self.adapters, strict=True)):
+        residuals, weights = [], []
+        for group, adapt in zip(self.groups, self.adapters, strict=True):
             layers = torch.stack([theirs[group.stage][layer] for layer in group.teacher]).detach()
-            residuals = adapt(ours[group.stage][group.student]) - layers
-            weights = losses.aggregation_weights(layers)
-            threshold, pulled = self._threshold(k, residuals, weights)
-            penalty = losses.recoding(residuals, threshold, self.settings.gain, weights)
-            total = total + penalty + pulled
-            beyond.append((residuals.detach().abs() > threshold).float().mean())
+            residuals.append(adapt(ours[group.stage][group.student]) - layers)
+            weights.append(losses.aggregation_weights(layers))
+        thresholds, pulls = self._thresholds(residuals, weights)
+        total, beyond = 0.0, []
+        for r, w, threshold, pull in zip(residuals, weights, thresholds, pulls, strict=True):
+            total = total + losses.recoding(r, threshold, self.settings.gain, w) + pull
+            beyond.append((r.detach().abs() > threshold).float().mean())
         return total, torch.stack(beyond).mean()
 
-    def _threshold(self, k: int, residuals: Tensor, weights: Tensor):
-        """The threshold of group k, and the term that pulls it to the residuals' mean magnitude."""
+    def _thresholds(self, residuals: list[Tensor], weights: list[Tensor]):
+        """The groups' thresholds, and the terms that pull them to the residuals' mean magnitude."""
         if self.thresholds is None:
-            return 0.0, 0.0
-        mean = weights @ residuals.detach().abs().flatten(1).mean(1)
+            return [[0.0] * len(self.groups)] * 2
+        means = torch.stack(
+            [
+                w @ r.detach().abs().flatten(1).mean(1)
+                for r, w in zip(residuals, weights, strict=True)
+            ]
+        )
         with torch.no_grad():  # decided on the device, so that the step can be captured
-            start = torch.where(self.thresholds[k].isnan(), mean, self.thresholds[k])
-            self.thresholds[k] = start
+            start = torch.where(self.thresholds.isnan(), means, self.thresholds)
+            self.thresholds.copy_(start)
         pull = self.settings.pull if self.settings.threshold == "learned" else 0.0
-        threshold = self.thresholds[k].clone()
-        return threshold.clamp(min=0), pull * (threshold - mean).square()
+        pulls = pull * (self.thresholds - means).square()
+        return self.thresholds.clamp(min=0).unbind(), pulls.unbind()
 
 
 def _shapes(features: list[list[Tensor]]) -> list[list[torch.Size]]:

@@ -61,7 +61,7 @@ class Staged(nn.Module):
             outputs = []
             for module in part:
                 if hasattr(module, "layer_outputs"):
-                    outputs += module.layer_outputs(x)
+                    outputs += list(module.layer_outputs(x))  # torch 2.11 compiles no other form
                     x = outputs[-1]
                 else:
                     x = module(x)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import new_trainer
 from torch._dynamo.backends.debugging import aot_eager
 
 from kdlib import KD, build_model, train
@@ -100,7 +101,6 @@ METHODS = {
     "KD": (KD, {"__call__"}),
     "STC": (lambda teacher: STC(teacher, alpha=0.3, cut=2), {"until", "resume"}),
     "AT": (AttentionTransfer, {"stages", "head"}),
-    "KR": (lambda teacher: KR(teacher, prior=teacher.recipe), {"layers"}),
 }
 
 
@@ -124,11 +124,36 @@ def test_a_compiled_run_equals_an_eager_one(tiny, elsewhere, compiled, monkeypat
     assert ours.log[terms].to_numpy() == pytest.approx(eager.log[terms].to_numpy(), rel=1e-3)
 
 
-def test_the_gated_network_of_a_search_is_compiled(tiny, compiled):
-    dense = tiny(epochs=1)
-    method = GateSearch(dense, budget=0.9, strength=0.5, rate=0.05)
-    train([tiny(epochs=1, method=method, start=dense)])
-    assert "with_weights" in compiled.methods
+OWN_MODULES = {  # methods with a module that computes in float32; what of it is compiled
+    "KR": (lambda teacher: KR(teacher, prior=teacher.recipe, gamma=0.3), {"layers", "__call__"}, 4),
+    "search": (lambda teacher: GateSearch(teacher, budget=0.2), {"with_weights"}, 2),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MODULES)
+def test_compiled_gates_and_aggregation_equal_eager_ones(tiny, compiled, monkeypatch, name):
+    """In losses and gradients. They are compiled once; an evaluation compiles nothing more."""
+    make, called, graphs = OWN_MODULES[name]
+    teacher = tiny(epochs=1)
+    run = tiny(epochs=1, method=make(teacher), start=teacher if name == "search" else None)
+    results = []
+    for wish in ("never", "always"):
+        monkeypatch.setenv("KDLIB_COMPILE", wish)
+        train([teacher])
+        trainer = new_trainer(run)
+        trainer.begin_epoch()
+        for _ in range(trainer.steps):
+            trainer.advance()
+        gradients = {key: p.grad.clone() for key, p in trainer.state.modules.named_parameters()}
+        results.append((gradients, trainer.end_epoch(), trainer.state.tensors().keys()))
+    assert set(compiled.methods) == called
+    assert compiled.graphs == graphs
+    (eager, row, names), (ours, own_row, own_names) = results
+    for key, gradient in eager.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
+    terms = [key for key in row if key.startswith(("train", "test"))]
+    assert [own_row[key] for key in terms] == pytest.approx([row[key] for key in terms], rel=1e-4)
+    assert own_names == names
 
 
 def test_evaluation_is_not_compiled(tiny, compiled):

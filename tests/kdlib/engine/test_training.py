@@ -49,7 +49,8 @@ def test_training_equals_a_plain_pytorch_loop(tiny):
     teacher = train([tiny(model="resnet14-x0.25")])[0]
     run = tiny(epochs=3, method=KD(teacher.run), milestones=(1, 2), decay=0.3)
     student = train([run])[0]
-    model, losses = plain_loop(run, teacher.model())
+    # Folded, as in the cache: another rounding of a logit can move an activation over 0.
+    model, losses = plain_loop(run, folded(teacher.model()))
     trained = student.model().state_dict()
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6, msg=name)

@@ -73,7 +73,7 @@ def residual(model, x):
         for convolution, norm in zip(block.convs, block.norms, strict=True):
             out = norm(convolution(out))
             out = out + block.shortcut(x) if norm is block.norms[-1] else out
-            out = out.clamp(min=0)
+            out = torch.where(out > 0, out, 0)  # no gradient at 0
         x = out
     return model.head(x)
 
