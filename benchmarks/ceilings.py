@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks import arguments, row, time_is_over, timed
 from benchmarks.tables import report
-from kdlib.engine.device import training_dtype
+from kdlib.engine.precision import training_dtype
 
 # Sizes that take at least milliseconds: elements of the copied float32 tensor, side of the
 # matrices, number of images and their height and width after the convolution.

@@ -17,8 +17,9 @@ from torchvision.transforms import functional as TF
 from benchmarks import Turn, timed
 from kdlib import Run, build_model, store
 from kdlib.data import Images
-from kdlib.engine.device import keep_large_blocks, training_dtype
+from kdlib.engine.device import keep_large_blocks
 from kdlib.engine.plan import mix
+from kdlib.engine.precision import label_dtype, training_dtype
 from kdlib.models.precision import half_precision
 
 # By default glibc returns a freed block to the system if it is larger than this.
@@ -109,8 +110,11 @@ class FieldLoop:
             self.recipe.momentum,
             weight_decay=self.recipe.weight_decay,
         )
-        dtype = training_dtype(self.device) if style.modern else torch.float32
+        size, teacher = images.size, run.method.teacher_at(0).run.model
+        dtype = training_dtype(self.device, run.model, size) if style.modern else torch.float32
+        labels = label_dtype(self.device, teacher, size) if style.modern else torch.float32
         self.half = partial(half_precision, self.device, dtype)
+        self.teacher_half = partial(half_precision, self.device, labels)
         self.scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         self.loader = None if style.resident else self._pil_loader()
         self.warm_up, self.count = warm_up, steps
@@ -146,8 +150,8 @@ class FieldLoop:
         student, teacher = self.networks
         with self.half():
             logits = student(x)
-            with torch.no_grad():
-                teacher_logits = teacher(x)
+        with self.teacher_half(), torch.no_grad():
+            teacher_logits = teacher(x)
         logits, teacher_logits = logits.float(), teacher_logits.float()
         kl = F.kl_div(
             F.log_softmax(logits / self.temperature, dim=1),

@@ -29,8 +29,8 @@ from benchmarks.ceilings import MACHINE, Ceilings, measure, multiplying, rows_of
 from benchmarks.tables import report
 from benchmarks.training import Case, by_name, run_case
 from kdlib import build_model
-from kdlib.engine.device import training_dtype
 from kdlib.engine.logit_cache import CHUNK, folded
+from kdlib.engine.precision import training_dtype
 
 PARALLEL = (8, 16, 32)
 # Four chunks of a teacher pass. The usual loops stay within one epoch, whose workers start once.

@@ -10,14 +10,13 @@ the images are on the device. "gradient" is the relative difference between a co
 gradient and that of channels_last: the norm of the difference over the norm.
 
 torch chooses the number of threads; with OMP_NUM_THREADS=1 it is one. On a CPU that multiplies in
-bfloat16, ``--write`` also writes ``kdlib/models/bfloat16.csv``: by family of networks and side of
+bfloat16, ``--write`` also writes ``kdlib/engine/bfloat16.csv``: by family of networks and side of
 the images, how much faster bfloat16 is.
 """
 
 import argparse
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -29,9 +28,8 @@ from benchmarks import Turn, arguments, compare, row, selected, timed
 from benchmarks.batches import CLASSES
 from benchmarks.tables import report
 from kdlib import build_model
-from kdlib.engine.device import training_dtype
 from kdlib.engine.logit_cache import folded
-from kdlib.models import names
+from kdlib.engine.precision import SPEEDS, multiplies_bfloat16, training_dtype
 
 BATCH = 64
 # By the side of the images: networks of every family, small ones of those that the book trains.
@@ -54,7 +52,6 @@ WORKS = ("step", "labels")
 TEACHERS = {32: ("resnet50",)}  # labels only: a step would take seconds
 SECONDS = 0.2  # of a turn, about
 # The table for kdlib: its file, the families, and the contenders whose ratio it has.
-TABLE = Path(names.__file__).with_name("bfloat16.csv")
 FAMILIES = ("resnet", "wrn", "vgg", "densenet", "mobilenetv2", "shufflenet", "googlenet", "lenet")
 RATIO = "autocast / channels_last"
 
@@ -165,10 +162,6 @@ def bfloat16_table(measured: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(columns=WORKS).dropna().set_axis(["training", "labels"], axis=1).round(3)
 
 
-def multiplies_in_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def main() -> None:
     options = arguments(__doc__)
     cases = {
@@ -181,8 +174,8 @@ def main() -> None:
     chosen = selected(cases, options)
     rows = (r for case, what in chosen for r in run_network(case, *what, options))
     measured = report("layouts", rows, options)
-    if options.write and options.device.type == "cpu" and multiplies_in_bfloat16():
-        bfloat16_table(measured).to_csv(TABLE)
+    if options.write and options.device.type == "cpu" and multiplies_bfloat16():
+        bfloat16_table(measured).to_csv(SPEEDS)
 
 
 if __name__ == "__main__":

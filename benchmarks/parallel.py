@@ -18,7 +18,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from benchmarks import arguments, compare, selected
 from benchmarks.tables import report
-from benchmarks.training import RECIPE, Students, untrained
+from benchmarks.training import RECIPE, Students, begin_again, untrained
 from kdbook import figures
 from kdlib import KD, Run
 
@@ -43,7 +43,7 @@ def run_pair(name: str, pair: tuple, options: argparse.Namespace) -> Iterator[di
         students.fill_cache()
         try:
             for n in range(1, NUMBERS[-1] + 1):
-                students.first(n)[-1].begin_epoch()  # on a GPU it captures the step
+                begin_again(students.first(n)[-1])  # on a GPU it captures the step
         except torch.OutOfMemoryError:
             del students.trainers[n - 1 :]  # release the incomplete one
             print(f"{len(students.trainers)} students {student} fit in memory.")

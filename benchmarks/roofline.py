@@ -43,8 +43,9 @@ from benchmarks.training import teacher_turn, train_turn
 from kdbook import figures
 from kdlib import Recipe, Run, build_model
 from kdlib.engine.cache_pool import CachePool
-from kdlib.engine.device import environment, training_dtype
+from kdlib.engine.device import environment
 from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.precision import label_dtype, training_dtype
 from kdlib.engine.trainer import Trainer
 
 # Of a turn: steps of a student, chunks of a teacher.
@@ -95,7 +96,8 @@ def student(case: Case, device: torch.device) -> Contender:
 
 def teacher(case: Case, device: torch.device) -> Contender:
     images = noise(2048 * CHUNKS[device.type], device)
-    cache = LogitCache(build_model(case.network, CLASSES, seed=0).eval(), images)
+    dtype = label_dtype(device, case.network, images.size)
+    cache = LogitCache(build_model(case.network, CLASSES, seed=0).eval(), images, dtype)
     work = forward(cache.teacher, cache.chunk, cache.dtype)
     turn = partial(teacher_turn, cache, CHUNKS[device.type])
     return Contender(cache.chunk, work, turn)

@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks import BY_CPU_TIME, wanted
-from kdlib.engine.device import environment, training_dtype
+from kdlib.engine.device import environment
+from kdlib.engine.precision import training_dtype
 
 HERE = Path(__file__).parent
 MARKER = "<!-- results -->"

@@ -51,6 +51,7 @@ from kdlib.data import Images
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.device import environment
 from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.precision import label_dtype
 from kdlib.engine.trainer import Trainer
 
 RECIPE = Recipe(epochs=240, batch=64, lr=0.05)
@@ -134,6 +135,12 @@ def save_untrained(teacher: Run, images: Images) -> None:
     store.save_modules(teacher, teacher.recipe.epochs, state)
 
 
+def begin_again(trainer: Trainer) -> None:
+    """Begin the present epoch at its first step, wherever it is."""
+    trainer.taken = 0
+    trainer.begin_epoch()
+
+
 def train_turn(trainers: list[Trainer], epochs: int = 1, empty: CachePool | None = None) -> Turn:
     """Time epochs of students trained in parallel, after one step as warm-up.
 
@@ -147,7 +154,7 @@ def train_turn(trainers: list[Trainer], epochs: int = 1, empty: CachePool | None
     def work():
         for _ in range(epochs):
             for trainer in trainers:
-                trainer.begin_epoch()
+                begin_again(trainer)
             for trainer in trainers:
                 trainer.look_ahead()
             for _ in range(trainers[0].steps):
@@ -156,7 +163,7 @@ def train_turn(trainers: list[Trainer], epochs: int = 1, empty: CachePool | None
             synchronize(trainers[0].device)  # as at the end of an epoch
 
     for trainer in trainers:
-        trainer.begin_epoch()
+        begin_again(trainer)
         trainer.look_ahead()
         trainer.advance()
     for cache in empty.caches.values() if empty else ():
@@ -225,7 +232,8 @@ def run_case(name: str, case: Case, options: argparse.Namespace) -> Iterator[dic
         yield row(name, "first loss, relative difference", difference)
         students.fill_cache()
         alone = Trainer(run, images, test, empty)
-        cache = LogitCache(store.load_checkpoint(teacher, recipe.epochs)[0], images)
+        labels = label_dtype(options.device, case.teacher, images.size)
+        cache = LogitCache(store.load_checkpoint(teacher, recipe.epochs)[0], images, labels)
         together = {f"K3({n})": partial(students.turn, n, case.epochs) for n in case.parallel}
         contenders = {
             **{p: loop.turn for p, loop in loops.items()},
