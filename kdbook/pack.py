@@ -18,7 +18,7 @@ from filelock import Timeout
 
 from kdbook.cli.declared import declared_runs
 from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
-from kdbook.packed import FORMAT, INDEX, PART, check_content, entry_of, named_files
+from kdbook.packed import FORMAT, INDEX, PART, check_content, count, entry_of, named_files
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdbook.remaining import Known, follow, is_rendered, read_about, state_path
 from kdlib import files, store
@@ -211,15 +211,15 @@ def pack(
     parts, packed = index["parts"], sum(part["size"] for part in index["parts"])
     left_out = sum(path.stat().st_size for path in contents.left_out)
     line = (
-        f"Packed {contents.runs} runs, {contents.unfinished} of them unfinished: "
-        f"{len(index['files'])} files, {packed / 1e6:,.1f} MB, {len(parts)} parts, in {out}. "
-        f"Left out: {len(contents.left_out)} files of weights, {left_out / 1e6:,.1f} MB, that "
-        f"nothing asks for now"
+        f"Packed {count(contents.runs, 'run')}, {contents.unfinished:,} unfinished, into {out}: "
+        f"{count(len(index['files']), 'file')}, {packed / 1e6:,.1f} MB in "
+        f"{count(len(parts), 'part')}. Left out: {count(len(contents.left_out), 'file')} of "
+        f"weights that nothing asks for now, {left_out / 1e6:,.1f} MB"
     )
     if contents.damaged:
-        line += f"; {len(contents.damaged)} damaged files, such as {contents.damaged[0]}"
+        line += f"; damaged files: {len(contents.damaged):,} (such as {contents.damaged[0]})"
     if contents.busy:
-        line += f"; the states of {len(contents.busy)} runs that are in training now"
+        line += f"; states of runs in training now: {len(contents.busy):,}"
     return f"{line}."
 
 

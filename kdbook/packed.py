@@ -30,6 +30,11 @@ STORED = re.compile(
 )
 
 
+def count(number: int, noun: str) -> str:
+    """A number and its noun, for a message."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -159,7 +164,7 @@ class Pack:
         else:
             raise self._foreign(name)
         target = root.joinpath(*path.parts[1:])
-        if not target.resolve().is_relative_to(root):
+        if target.is_dir() or not target.resolve().is_relative_to(root):
             raise self._foreign(name)
         return target
 

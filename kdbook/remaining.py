@@ -26,7 +26,7 @@ class Followed:
         runs: all runs that are known now, with their ancestors: parents first, each once. Each
             keeps all that any declaration asks for.
         unfinished: the incomplete ones among them, parents first.
-        awaited: runs whose weights or logits a chain still reads, to choose its next run.
+        awaited: runs whose weights or logits an unfinished chain may still read.
         possible: runs that the chains may have trained besides, such as those of a calibration.
     """
 
@@ -54,6 +54,7 @@ def follow(items: Iterable[Run | RunChain], known: Known | None = None) -> Follo
     known = {} if known is None else known
     passed: list[Run] = []
     last: list[Run] = []
+    needed: list[Run] = []
     awaited: list[Run] = []
     retrained: list[Run] = []
     possible: list[Run] = []
@@ -65,13 +66,16 @@ def follow(items: Iterable[Run | RunChain], known: Known | None = None) -> Follo
         runs, waits, lacks_weights = _follow_chain(item, known)
         passed += runs
         last += runs[-1:]
-        awaited += waits
+        needed += waits
         retrained += waits if lacks_weights else []
-        possible += item.estimate()
+        estimated = item.estimate()
+        possible += estimated
+        if waits:
+            awaited += [*waits, *(parent for run in estimated for parent, _ in run.parents)]
     missing = _incomplete(last, False, known)
     if retrained:  # reading a damaged file has renamed it: older answers may be wrong
         missing |= _incomplete(retrained, True, {})
-    everything = ancestry([*passed, *awaited])
+    everything = ancestry([*passed, *needed])
     return Followed(
         everything,
         [missing[run.id] for run in everything if run.id in missing],

@@ -20,6 +20,7 @@ from kdbook.packed import (
     Pack,
     about_tensors,
     check_content,
+    count,
     named_files,
     owner,
     record_summary,
@@ -181,7 +182,7 @@ class Merge:
 
     def summary(self) -> str:
         """One line: what was merged, what was there, what was skipped and why."""
-        line = f"Merged {self.written} files; {self.there} were there already"
+        line = f"Merged {count(self.written, 'file')}; {self.there:,} already there"
         for reason, names in self.skipped.items():
             line += f"; skipped {len(names)}: {reason} ({names[0]}{', …' * (len(names) > 1)})"
         return f"{line}."
@@ -202,7 +203,7 @@ def _agree(mine: dict, theirs: dict) -> bool:
     """Whether two records are of one training: all weights that both name are the same."""
     first, second = named_files(mine), named_files(theirs)
     same = all(first[file] == second[file] for file in first.keys() & second.keys())
-    return same and mine["teachers"] == theirs["teachers"]
+    return same and mine.get("teachers") == theirs.get("teachers")
 
 
 def _written(contents: Iterable[bytes]) -> str:
