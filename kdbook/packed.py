@@ -87,10 +87,13 @@ def about_tensors(data: bytes) -> dict:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         said = json.loads(header["__metadata__"]["about"])
-    except (SafetensorError, KeyError, TypeError) as error:
+        named_files(said)
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no file of tensors: {error}") from error
     if "fingerprint" in said and store.fingerprint(tensors) != said["fingerprint"]:
         raise ValueError("its content does not match its fingerprint")
+    if not said.keys() & {"fingerprint", "log"}:
+        raise ValueError("it names neither its fingerprint nor its epochs")
     return said
 
 

@@ -57,7 +57,8 @@ class Merge:
                 others.append(name)
         for run_id, names in runs.items():
             self._run(run_id, names)
-        for folder, names in groupby(sorted(others), lambda name: PurePosixPath(name).parent):
+        parent = lambda name: PurePosixPath(name).parent  # noqa: E731
+        for folder, names in groupby(sorted(others, key=parent), parent):
             if folder.name in ("runs", "records"):  # architectures: their names are their hashes
                 for name in names:
                     self._put(name, self._intact(name))
@@ -138,8 +139,10 @@ class Merge:
         weights = named_files(theirs)
         if trained:
             reason, weights = "trained here already", {}
-        elif own and len(own["log"]) >= len(theirs["log"]):
+        elif own and len(own.get("log", ())) >= len(theirs.get("log", ())):
             reason, weights = "as many epochs here", named_files(own)
+        elif not weights.keys() <= stored.keys():
+            reason, weights = "its checkpoints are not in the pack", {}
         elif any(named.get(file, weights[file]) != weights[file] for file in weights):
             reason, weights = "of another training than the record", {}
         else:
@@ -149,9 +152,9 @@ class Merge:
 
     def _put_weights(self, name: str, expected: str | None) -> None:
         """Write a checkpoint or logits if the run's record or state names them."""
-        theirs = about_tensors(self.pack.read(name))["fingerprint"]
-        there = (self._about_own(name) or {}).get("fingerprint") == theirs
-        if there or theirs == expected:
+        theirs = about_tensors(self.pack.read(name)).get("fingerprint")
+        there = bool(theirs) and (self._about_own(name) or {}).get("fingerprint") == theirs
+        if there or (theirs and theirs == expected):
             self._put(name, there)
         else:
             self._skip([name], "of another training than the run here")

@@ -54,16 +54,26 @@ def first_part(out):
     return path
 
 
-@pytest.mark.parametrize("file", ["epoch-0002.safetensors", "record.jsonl"])
-def test_content_that_contradicts_itself_is_refused(out, machine, family, file, monkeypatch):
+def describe_another_run(path):
+    path.write_bytes(path.read_bytes().replace(b'"images": 128', b'"images": 127'))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("epoch-0002.safetensors", flip_a_bit),
+        ("record.jsonl", describe_another_run),
+        ("record.jsonl", garble),
+        ("state.safetensors", lambda path: store.save_tensors(path, {}, {})),
+    ],
+)
+def test_content_that_contradicts_itself_is_refused(
+    out, machine, family, file, damage, monkeypatch
+):
     """The hashes of the pack are right, but the packed file was damaged before."""
     train(family)
     path = store.folder(family[0]) / file
-    if file == "record.jsonl":
-        path.write_bytes(path.read_bytes().replace(b'"seed": 1', b'"seed": 7'))
-        path.write_bytes(path.read_bytes().replace(b'"images": 128', b'"images": 127'))
-    else:
-        flip_a_bit(path)
+    damage(path)
     monkeypatch.setattr(pack_module, "check_content", lambda *_: None)
     write(out, "smoke", Contents({f"runs/{family[0].id}/{file}": path}), 10**6)
     machine("second")
@@ -163,6 +173,16 @@ def test_the_state_with_more_epochs_wins(tiny, out, tmp_path, machine, train_unt
     unpack.unpack(tmp_path / "second_pack")
     assert here() == before
     assert epochs_left(run) == 1
+
+
+def test_a_state_needs_its_checkpoints(tiny, out, machine, train_until):
+    run = tiny(epochs=3, keep=(1,))
+    train_until(run, 2)
+    store.weights_path(run, 1).unlink()
+    pack_runs(out, [run])
+    machine("second")
+    assert "skipped 1: its checkpoints are not in the pack" in unpack.unpack(out)
+    assert here() == {}
 
 
 def test_a_finished_run_needs_no_state(tiny, out, train_until):
