@@ -2,8 +2,8 @@
 
 Every figure is in the CSV as soon as it is measured, so a GPU that is lent for minutes gives what
 the time allows: ``timeout 200 python -m benchmarks.gpu --minutes 3 --device cuda``. After
-``--minutes`` no further turn begins. A turn takes seconds, but the students of a first turn have to
-be made before it.
+``--minutes`` no further turn begins. A turn takes seconds, but its students have to be made before
+it. Every round measures both pairs, so that a short time gives one value of every figure.
 
 - machine: the time of a node of a CUDA graph ("small operation"), the speed of a copy, and of
   products of matrices in half precision and in float32. See ``ceilings``.
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import arguments, row, selected
+from benchmarks import arguments, row, selected, time_is_over
 from benchmarks.batches import CLASSES
 from benchmarks.bounds import forward, training
 from benchmarks.ceilings import MACHINE, Ceilings, measure, multiplying, rows_of
@@ -35,6 +35,7 @@ from kdlib.engine.precision import training_dtype
 PARALLEL = (8, 16, 32)
 # Four chunks of a teacher pass. The usual loops stay within one epoch, whose workers start once.
 SHORT = {"images": 8192, "parallel": PARALLEL, "epochs": 2, "loops": ("P0", "P1")}
+TINY = SHORT | {"images": 64, "epochs": 1, "steps": 1}
 CASES = {
     "cuda": [
         Case(
@@ -50,26 +51,19 @@ CASES = {
         ),
     ],
     "cpu": [
-        Case(
-            "mobilenetv2-x0.15",
-            "resnet20-x0.5",
-            64,
-            {},
-            **SHORT | {"images": 128, "epochs": 1},
-            steps=1,
-        ),
-        Case("resnet8-x0.25", "resnet8", 128, {}, **SHORT | {"images": 256, "epochs": 1}, steps=1),
+        Case("mobilenetv2-x0.15", "resnet20-x0.5", 32, {}, **TINY),
+        Case("resnet8-x0.25", "resnet8", 64, {}, **TINY),
     ],
 }
 
 
-def limits(ceilings: Ceilings, device: torch.device) -> Iterator[dict]:
-    yield from rows_of(ceilings, device, 0)
+def limits(ceilings: Ceilings, device: torch.device, k: int) -> Iterator[dict]:
+    yield from rows_of(ceilings, device, k)
     half = training_dtype(device) if device.type == "cuda" else torch.bfloat16
     for dtype in (half, torch.float32):
         precision = str(dtype).removeprefix("torch.")
         speed = multiplying(device, dtype) / 1e12
-        yield row(MACHINE, f"product of matrices in {precision}, TFLOP/s", speed)
+        yield row(MACHINE, f"product of matrices in {precision}, TFLOP/s", speed, k)
 
 
 def with_shares(
@@ -94,18 +88,24 @@ def with_shares(
         which = line["quantity"].removesuffix(", images/s")
         if which in bounds:
             share = line["value"] / bounds[which]
-            yield row(name, f"{which}, share of the bound", share, line["round"])
+            yield row(name, f"{which}, share of the bound", share)
 
 
 def measured_rows(options: argparse.Namespace, failed: list[str]) -> Iterator[dict]:
-    ceilings = measure(options.device)
-    yield from limits(ceilings, options.device)
-    for name, case in selected(by_name(CASES[options.device.type]), options):
-        try:
-            yield from with_shares(name, case, ceilings, options)
-        except Exception:  # the time with the GPU is short: measure the next pair
-            traceback.print_exc()
-            failed.append(name)
+    """All rounds. A round has one turn of every contender of both pairs, each made anew."""
+    once = argparse.Namespace(**vars(options) | {"rounds": 1})
+    for k in range(options.rounds):
+        if time_is_over(options, f"round {k + 1}"):
+            return
+        ceilings = measure(options.device)
+        yield from limits(ceilings, options.device, k)
+        for name, case in selected(by_name(CASES[options.device.type]), options):
+            try:
+                for line in with_shares(name, case, ceilings, once):
+                    yield line | {"round": k}
+            except Exception:  # the time with the GPU is short: measure the next pair
+                traceback.print_exc()
+                failed.append(name)
 
 
 def main() -> None:
