@@ -75,7 +75,8 @@ def test_requirements_are_checked_by_a_file_that_needs_no_package():
 
 
 def test_shell_scripts_parse():
-    scripts = ("run_all.sh", "run_tests.sh", "workflow/environment.sh", "tests/slurm.sh", ".ci/run")
+    scripts = ["run_all.sh", "run_tests.sh", "workflow/environment.sh", ".ci/run"]
+    scripts += ROOT.glob("tests/*.sh")
     for script in scripts:
         assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
 

@@ -165,26 +165,26 @@ class Gates(InFloat32):
         self.values = nn.Parameter(torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
-        # The number of each layer; the last stands for the image and the sums, which always count.
-        numbers = {r.name: k for k, r in enumerate(channels.readers)} | {None: -1}
-        self.order = sorted(channels.readers, key=lambda reader: not reader.gated)
-        pairs = [
-            (numbers[reader.name], numbers[connection.source] % len(numbers))
-            for reader in self.order
-            for connection in reader.inputs
-            for _ in range(connection.channels)
-        ]
-        readers, sources = torch.tensor(pairs).T
-        reads = torch.eye(len(numbers))  # [a, b] is above 0 where layer a reads layer b
-        reads[readers[count:], sources[count:]] = 1
-        self.register_buffer("reads", reads, persistent=False)
-        self.register_buffer("sources", sources.contiguous(), persistent=False)
-        self.register_buffer("places", (readers * len(numbers) + sources)[:count], persistent=False)
+        # Layer 0 stands for the image and for all sums, which no gate closes.
+        numbers = {None: 0} | {r.name: k for k, r in enumerate(channels.readers, 1)}
+        order = self.order = sorted(channels.readers, key=lambda reader: not reader.gated)
+        inputs = [(numbers[r.name], numbers[c.source], c.channels) for r in order for c in r.inputs]
+        layers, sources, repeats = torch.tensor(inputs).T
+        places = (layers * len(numbers) + sources).repeat_interleave(repeats)
+        # Above 0 where the layer of the row reads the layer of the column through no gate.
+        reads = torch.eye(len(numbers)).flatten().index_fill(0, places[count:], 1)
+        self.register_buffer("reads", reads.view(len(numbers), -1), persistent=False)
+        self.register_buffer("places", places[:count], persistent=False)
+        self.register_buffer("sources", sources.repeat_interleave(repeats), persistent=False)
 
     def forward(self, network: Staged | AutocastNetwork) -> dict[str, Tensor]:
         """The weights of the gated network that differ from the network's own, by name."""
+        mask, others = self._mask().tensor_split([len(self.values)])
+        # Not masked by the gate itself: a closed gate still has a gradient, and may open again.
+        gates = [*(self.values * mask).split(self.channels.sizes)]
+        gates += others.split([reader.channels for reader in self.order if not reader.gated])
         scaled = {}
-        for reader, gate in zip(self.order, self._factors(), strict=True):
+        for reader, gate in zip(self.order, gates, strict=True):
             layer = network.get_submodule(reader.name)
             if isinstance(layer, nn.BatchNorm2d):  # of a block that may have no inputs
                 scaled[f"{reader.name}.weight"] = layer.weight * gate
@@ -194,28 +194,18 @@ class Gates(InFloat32):
                 scaled[f"{reader.name}.weight"] = layer.weight * gate.view(shape)
         return scaled
 
-    def _factors(self) -> list[Tensor]:
-        """The factors of the channels of each reader, in ``order``."""
-        count = len(self.values)
-        sizes = [reader.channels for reader in self.order]
-        split = len(self.channels.sizes)
-        alive = self._alive()[self.sources]
-        # Not masked by the gate itself: a closed gate still has a gradient, and may open again.
-        gated = (self.values * alive[:count]).split(sizes[:split])
-        return [*gated, *alive[count:].split(sizes[split:])]
-
     @torch.no_grad()
-    def _alive(self) -> Tensor:
-        """1 for each layer that an open path connects to the image or to a sum, else 0.
+    def _mask(self) -> Tensor:
+        """1 for each channel whose layer an open path connects to the image or to a sum, else 0.
 
-        The matrix of paths is squared until it has the longest. Layer by layer, a step would need
-        five operations for each.
+        Squared often enough, the matrix of open connections between layers has all paths. To follow
+        them layer by layer takes five operations for each layer.
         """
         is_open = (self.values > 0).to(self.reads.dtype)
         paths = self.reads.flatten().index_add(0, self.places, is_open).view_as(self.reads)
         for _ in range(len(paths).bit_length()):
             paths = (paths @ paths).clamp(max=1)
-        return paths[:, -1]
+        return paths[self.sources, 0]
 
     def kept(self, above: Tensor | float = 0.0) -> Masks:
         """The channels that remain if gates above this value, or these values ``[m]``, are open."""

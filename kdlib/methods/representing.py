@@ -160,31 +160,26 @@ class Aggregation(InFloat32):
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
         """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""
-        residuals, weights = [], []
+        groups = []
         for group, adapt in zip(self.groups, self.adapters, strict=True):
             layers = torch.stack([theirs[group.stage][layer] for layer in group.teacher]).detach()
-            residuals.append(adapt(ours[group.stage][group.student]) - layers)
-            weights.append(losses.aggregation_weights(layers))
-        thresholds, pulls = self._thresholds(residuals, weights)
+            residuals = adapt(ours[group.stage][group.student]) - layers
+            groups.append((residuals, losses.aggregation_weights(layers)))
         total, beyond = 0.0, []
-        for r, w, threshold, pull in zip(residuals, weights, thresholds, pulls, strict=True):
-            total = total + losses.recoding(r, threshold, self.settings.gain, w) + pull
-            beyond.append((r.detach().abs() > threshold).float().mean())
+        thresholds, pulls = self._thresholds(groups)
+        for (residuals, weights), threshold, pull in zip(groups, thresholds, pulls, strict=True):
+            penalty = losses.recoding(residuals, threshold, self.settings.gain, weights)
+            total = total + penalty + pull
+            beyond.append((residuals.detach().abs() > threshold).float().mean())
         return total, torch.stack(beyond).mean()
 
-    def _thresholds(self, residuals: list[Tensor], weights: list[Tensor]):
+    def _thresholds(self, groups: list[tuple[Tensor, Tensor]]):
         """The groups' thresholds, and the terms that pull them to the residuals' mean magnitude."""
         if self.thresholds is None:
-            return [[0.0] * len(self.groups)] * 2
-        means = torch.stack(
-            [
-                w @ r.detach().abs().flatten(1).mean(1)
-                for r, w in zip(residuals, weights, strict=True)
-            ]
-        )
+            return [[0.0] * len(groups)] * 2
+        means = torch.stack([w @ r.detach().abs().flatten(1).mean(1) for r, w in groups])
         with torch.no_grad():  # decided on the device, so that the step can be captured
-            start = torch.where(self.thresholds.isnan(), means, self.thresholds)
-            self.thresholds.copy_(start)
+            self.thresholds.copy_(torch.where(self.thresholds.isnan(), means, self.thresholds))
         pull = self.settings.pull if self.settings.threshold == "learned" else 0.0
         pulls = pull * (self.thresholds - means).square()
         return self.thresholds.clamp(min=0).unbind(), pulls.unbind()
