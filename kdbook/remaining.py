@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from kdbook.profiles import Profile
 from kdlib import files, store
-from kdlib.engine.graph import _walk, ancestry, is_complete
+from kdlib.engine.graph import ancestry, incomplete, is_complete
 from kdlib.engine.train import RunChain
 from kdlib.errors import DataError, NothingFound, StoreError
 from kdlib.runs import Run
@@ -72,9 +72,9 @@ def follow(items: Iterable[Run | RunChain], known: Known | None = None) -> Follo
         possible += estimated
         if waits:
             awaited += [*waits, *(parent for run in estimated for parent, _ in run.parents)]
-    missing = _incomplete(last, False, known)
+    missing = {run.id: run for run in incomplete(last, False, known)}
     if retrained:  # reading a damaged file has renamed it: older answers may be wrong
-        missing |= _incomplete(retrained, True, {})
+        missing |= {run.id: run for run in incomplete(retrained, True, {})}
     everything = ancestry([*passed, *needed])
     return Followed(
         everything,
@@ -99,20 +99,6 @@ def _follow_chain(chain: RunChain, known: Known) -> tuple[list[Run], list[Run], 
     except (StoreError, DataError):
         return runs, [runs[-1], *chain.needs(runs[-1])], True
     return runs, [], False
-
-
-def _incomplete(runs: list[Run], weights: bool, known: Known) -> dict[str, Run]:
-    """The runs that ``train(runs, weights=weights)`` would train, by id."""
-    missing: dict[str, Run] = {}
-    while True:
-        found = {}
-        for name, node in _walk(runs, missing.__contains__).items():
-            run = node.merged
-            if not is_complete(run, weights or bool(node.children & missing.keys()), known):
-                found[name] = run
-        if found.keys() <= missing.keys():
-            return found
-        missing |= found
 
 
 # --- epochs ---------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The graph of runs: students after their teachers, and the part of it that is left to train."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,23 +30,39 @@ def next_level(runs: Iterable[Run], weights: bool, failures: dict[str, Exception
         failures: errors of runs that cannot be trained, by id. The runs that depend on them are
             added.
     """
-    runs, missing = list(runs), set()
+    graph, missing = _incomplete(list(runs), weights, {})
+    for name in _order(graph):
+        for parent in graph[name].parents & failures.keys():
+            failures.setdefault(name, failures[parent])
+    missing -= failures.keys()
+    return [n.merged for name, n in graph.items() if name in missing and not n.parents & missing]
+
+
+def incomplete(runs: Iterable[Run], weights: bool, known: dict[tuple, bool]) -> list[Run]:
+    """The runs that ``train(runs, weights=weights)`` would train.
+
+    Args:
+        known: answers of ``is_complete``, shared by several calls while nothing is trained.
+    """
+    graph, missing = _incomplete(list(runs), weights, known)
+    return [node.merged for name, node in graph.items() if name in missing]
+
+
+def _incomplete(
+    runs: list[Run], weights: bool, known: dict[tuple, bool]
+) -> tuple[dict[str, _Node], set[str]]:
+    """The graph of these runs and of the parents of incomplete ones; the ids of the latter."""
+    missing: set[str] = set()
     while True:
-        graph, known = _walk(runs, missing.__contains__), {}
+        graph = _walk(runs, missing.__contains__)
         found = {
             name
             for name, node in graph.items()
             if not is_complete(node.merged, weights or bool(node.children & missing), known)
         }
         if found <= missing:
-            break
+            return graph, found
         missing |= found
-    missing = found
-    for name in _order(graph):
-        for parent in graph[name].parents & failures.keys():
-            failures.setdefault(name, failures[parent])
-    missing -= failures.keys()
-    return [n.merged for name, n in graph.items() if name in missing and not n.parents & missing]
 
 
 @dataclass

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from kdbook.cli import run_all
+from kdbook.cli import workflow
 from kdbook.cli.gpu_slot import gpu_slot
 from kdbook.cli.notebooks import ROOT
 

@@ -1,0 +1,62 @@
+"""The Snakemake command that runs the notebooks, and its process."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from kdbook.cli.notebooks import ROOT
+
+
+def gpus() -> list[str]:
+    """Names of the visible GPUs for ``CUDA_VISIBLE_DEVICES``."""
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in shown.split(",") if name]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
+
+
+def snakemake(arguments: argparse.Namespace) -> list[str]:
+    """The Snakemake command that runs all jobs."""
+    settings = {
+        "profile": arguments.profile.name,
+        "folder": arguments.profile.folder,
+        "only": arguments.only or None,
+        "data": json.dumps(arguments.data) if arguments.data else None,
+        "seeds": ",".join(map(str, arguments.profile.seeds)) if arguments.by_seed else None,
+    }
+    command = [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")),
+        *("--directory", str(ROOT)),
+        *("--workflow-profile", str(ROOT / "workflow" / arguments.executor)),
+    ]
+    if arguments.executor == "slurm":
+        command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    else:
+        # One notebook trains many students on a GPU at the same time: give it a whole GPU.
+        cores, devices = os.cpu_count() or 1, gpus()
+        jobs = arguments.jobs or len(devices) or min(cores, 4)
+        os.environ["KDLIB_GPUS"] = ",".join(devices)
+        settings["threads"] = max(1, cores // jobs)
+        command += ["--cores", str(settings["threads"] * jobs), "--resources", f"gpu={jobs}"]
+    pairs = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    return [*command, "--config", *pairs]
+
+
+def run(command: list[str], log: Path) -> int:
+    """Run Snakemake. On Ctrl-C or SIGTERM, interrupt all jobs and wait until they have stopped."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            raise
