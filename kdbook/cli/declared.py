@@ -1,44 +1,51 @@
 """Read which runs a notebook declares, without training them."""
 
-import contextlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import kdlib
+from kdbook.cli.cells import run_cells
 from kdbook.cli.notebooks import Notebook
 from kdlib.engine.train import RunChain
 from kdlib.errors import DataError
 from kdlib.runs import Run
+from kdlib.store import Trained
+
+
+class Declared(NamedTuple):
+    """What a notebook passes to ``train``: the runs, and what it does with each result."""
+
+    runs: list[Run | RunChain]
+    then: Callable[[Trained], object] | None
 
 
 class TrainCalled(Exception):
-    """A notebook has called ``train``; the exception carries the runs."""
+    """A notebook has called ``train``; the exception carries what it passed."""
 
 
 def declared_runs(notebook: Notebook, **parameters) -> list[Run | RunChain]:
-    """Return the runs that a notebook passes to ``train``; an empty list if it does not train.
+    """The runs that a notebook passes to ``train``, as ``declared`` finds them."""
+    return declared(notebook, **parameters).runs
+
+
+def declared(notebook: Notebook, **parameters) -> Declared:
+    """What a notebook passes to ``train``; no runs if it does not train.
 
     Executes the notebook's cells up to this call. ``parameters`` replace the notebook's own.
 
     Raises ValueError if no executed cell calls ``train``.
     """
 
-    def stop(runs, **options):
+    def stop(runs, *, then=None, **options):
         rows = runs.values() if isinstance(runs, Mapping) else [runs]
-        raise TrainCalled([run for row in rows for run in row])
+        raise TrainCalled(Declared([run for row in rows for run in row], then))
 
     if not notebook.trains:
-        return []
-    code = [c for c in json.loads(notebook.path.read_text())["cells"] if c["cell_type"] == "code"]
-    namespace, train, kdlib.train = {}, kdlib.train, stop
+        return Declared([], None)
+    train, kdlib.train = kdlib.train, stop
     try:
-        for cell in code:
-            tags = cell["metadata"].get("tags", [])
-            if "install" not in tags:
-                # A cell may show images of a data set that is not downloaded yet: skip its error.
-                with contextlib.redirect_stdout(None), contextlib.suppress(DataError):
-                    exec("".join(cell["source"]), namespace)
-                namespace |= parameters if "parameters" in tags else {}
+        # A cell may show images of a data set that is not downloaded yet: skip its error.
+        run_cells(notebook, parameters, skipped=DataError)
     except TrainCalled as call:
         return call.args[0]
     finally:

@@ -22,6 +22,7 @@ examples:
   ./run_all.sh                            the whole book on the data set digits
   ./run_all.sh --list                     all notebooks with exhibit and expected time
   ./run_all.sh --only rco/table1          one exhibit
+  ./run_all.sh --minutes 8                eight minutes of the book; again to go on
   ./run_all.sh --profile course           on CIFAR and MNIST; three commands download them first:
                                             python -m kdlib.data cifar10
                                             python -m kdlib.data cifar100
@@ -50,6 +51,17 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def minutes(text: str) -> float:
+    """Parse a number of minutes above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return number
 
 
 def parse() -> argparse.Namespace:
@@ -107,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
             "choices": ["local", "slurm"], "default": "local",
             "help": "where jobs run: on this machine (default) or on a SLURM cluster",
         },
+        "--minutes": {
+            "type": minutes, "metavar": "N",
+            "help": "stop after N minutes with everything saved, and render the exhibits whose "
+            "runs are complete; the same command goes on. Needs no Jupyter and no Snakemake",
+        },
         "--parallel": {
             "type": positive, "metavar": "N",
             "help": f"train N students of a notebook in parallel (default: {PARALLEL['cpu']} on a "
@@ -144,6 +161,8 @@ def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
 
 def _checked(arguments: argparse.Namespace) -> Profile:
     """The opened profile. Wrong names and unreadable folders raise before anything starts."""
+    if arguments.minutes and (arguments.executor == "slurm" or arguments.by_seed):
+        raise ValueError("--minutes trains on this machine: leave out --executor and --by-seed.")
     if arguments.executor == "slurm" and not importlib.util.find_spec(
         "snakemake_executor_plugin_slurm"
     ):

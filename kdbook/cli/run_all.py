@@ -10,6 +10,7 @@ from pathlib import Path
 from kdbook.cli.forecast import table
 from kdbook.cli.notebooks import ROOT, all_notebooks
 from kdbook.cli.options import parse
+from kdbook.cli.slice import run_slice
 from kdbook.cli.workflow import run, snakemake
 from kdbook.profiles import PROFILES
 from kdlib import files
@@ -55,6 +56,8 @@ def main() -> int:
     if arguments.list:
         list_notebooks(profile.name)
         return 0
+    if arguments.minutes:
+        return run_slice(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command, started = snakemake(arguments), time.monotonic()
     if arguments.dry_run:

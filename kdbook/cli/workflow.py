@@ -23,6 +23,17 @@ def gpus() -> list[str]:
     return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
 
 
+def jobs_and_threads(asked: int | None) -> tuple[int, int]:
+    """How many processes train at the same time, and the threads of each; sets ``$KDLIB_GPUS``.
+
+    One process trains many students on a GPU at the same time, so it gets a whole GPU.
+    """
+    cores, devices = os.cpu_count() or 1, gpus()
+    os.environ["KDLIB_GPUS"] = ",".join(devices)
+    jobs = asked or len(devices) or min(cores, 4)
+    return jobs, max(1, cores // jobs)
+
+
 def snakemake(arguments: argparse.Namespace) -> list[str]:
     """The Snakemake command that runs all jobs."""
     settings = {
@@ -40,11 +51,7 @@ def snakemake(arguments: argparse.Namespace) -> list[str]:
     if arguments.executor == "slurm":
         command += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     else:
-        # One notebook trains many students on a GPU at the same time: give it a whole GPU.
-        cores, devices = os.cpu_count() or 1, gpus()
-        jobs = arguments.jobs or len(devices) or min(cores, 4)
-        os.environ["KDLIB_GPUS"] = ",".join(devices)
-        settings["threads"] = max(1, cores // jobs)
+        jobs, settings["threads"] = jobs_and_threads(arguments.jobs)
         command += ["--cores", str(settings["threads"] * jobs), "--resources", f"gpu={jobs}"]
     pairs = [f"{key}={value}" for key, value in settings.items() if value is not None]
     return [*command, "--config", *pairs]

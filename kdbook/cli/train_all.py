@@ -1,0 +1,71 @@
+"""Train all that the notebooks of some exhibits declare, in one process, for some seconds.
+
+python -m kdbook.cli.train_all SECONDS EXHIBIT [EXHIBIT ...] [--set NAME=JSON ...]
+
+The runs of all exhibits are trained together, so that a GPU has many students at a time. At the end
+of the time, or at SIGTERM, every run is saved. Needs neither Jupyter nor Snakemake.
+"""
+
+import argparse
+import contextlib
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+from kdbook.cli.gpu_slot import gpu_slot
+from kdbook.cli.notebooks import Notebook, all_notebooks, parse_arguments
+
+# One exhibit of each paper with its main claim; their runs are trained before all others.
+HEADLINES = ("kr/table1", "stc/table1", "rco/table2", "search/table1")
+
+
+def train_all(notebooks: Iterable[Notebook], deadline, **parameters) -> None:
+    """Train the runs of these notebooks, and make their measurements as the runs end.
+
+    Failed runs are reported by the notebooks. Raises OutOfTime at the deadline.
+    """
+    import kdlib
+    from kdbook.cli.declared import declared
+    from kdlib.runs import Run
+
+    runs, measurements = [], defaultdict(list)
+    for notebook in notebooks:
+        found = declared(notebook, **parameters)
+        runs += found.runs
+        for run in found.runs if found.then else ():
+            if isinstance(run, Run):
+                measurements[run.id].append(found.then)
+
+    def then(trained) -> None:
+        for measurement in measurements[trained.run.id]:
+            measurement(trained)
+
+    kdlib.train(runs, partial=True, deadline=deadline, then=then)
+
+
+def main() -> None:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("exhibits", nargs="+")
+    arguments = parse_arguments(parser)
+    notebooks = {n.exhibit: n for n in all_notebooks()}
+    wanted = [notebooks[exhibit] for exhibit in arguments.exhibits]
+    headlines = [n for n in wanted if n.exhibit in HEADLINES]
+    with gpu_slot():
+        # torch reads which GPUs are visible, so it is imported after the slot is held.
+        from kdlib.engine.deadline import Deadline
+        from kdlib.errors import OutOfTime
+
+        deadline = Deadline(arguments.seconds - (time.monotonic() - started))
+        signal.signal(signal.SIGTERM, lambda *_: deadline.stop_now())
+        with contextlib.suppress(OutOfTime):
+            for together in filter(None, (headlines, wanted)):
+                train_all(together, deadline, **arguments.parameters)
+
+
+if __name__ == "__main__":
+    # Ctrl-C reaches all processes of a terminal. The parent sends SIGTERM then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main()

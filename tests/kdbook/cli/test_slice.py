@@ -1,0 +1,136 @@
+"""Training by the slice: stopped, killed, moved to another machine, and continued there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kdbook.cli import options, slice
+from kdbook.cli.notebooks import ROOT
+
+# Six runs, whose measurements read the saved logits of a route.
+EXHIBIT = "rco/figure3"
+BARE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "IPython", "ipywidgets", "nbformat", "nbclient", "papermill", "snakemake",
+            "jupyter_client", "jupyterlab", "psutil", "torchvision",
+        }:
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Make a machine with a store of its own, and without Jupyter: a function that starts it."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE)
+
+    def make(name):
+        environment = os.environ | {
+            "PYTHONPATH": f"{tmp_path / 'bare'}{os.pathsep}{ROOT}",
+            "KDLIB_HOME": str(tmp_path / name / "runs"),
+            "KDLIB_RESULTS": str(tmp_path / name / "results"),
+            "KDLIB_PROGRESS": "lines",
+        }
+
+        def start(module, *words):
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+
+        return start
+
+    return make
+
+
+def finish(process):
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return text
+
+
+def results_in(folder):
+    """The tables of an exhibit, and what its records say, without times and machines."""
+    tables = {path.name: path.read_text() for path in folder.rglob(f"{EXHIBIT}/*.csv")}
+    records = {}
+    for path in folder.rglob("records/*.jsonl"):
+        head, *rows, last = map(json.loads, path.read_text().splitlines())
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        summary = {k: last["summary"][k] for k in ("weights", "teachers")}
+        records[path.name] = [head, rows, summary]
+    return tables, records
+
+
+def test_a_slice_that_is_stopped_and_moved_gives_the_bits_of_a_run_never_stopped(machine, tmp_path):
+    command = ("kdbook.cli.run_all", "--only", EXHIBIT, "--jobs", "1", "--minutes")
+    first, second, third = (machine(name) for name in ("first", "second", "third"))
+    text = finish(third(*command, "20"))
+    assert "1 of 1 exhibits are complete." in text
+    assert "Nothing is left to train." in text
+
+    killed = first(*command, "20")  # as by a machine that disappears
+    wait_for(tmp_path / "first", "*/epoch-*.safetensors", 2)
+    workers = subprocess.run(["pkill", "-KILL", "-P", str(killed.pid)])
+    killed.kill()
+    killed.communicate()
+    assert workers.returncode == 0
+    stopped = first(*command, "20")  # as by a scheduler that gives notice
+    wait_for(tmp_path / "first", "*/record.jsonl", 1)
+    stopped.send_signal(signal.SIGTERM)
+    text = finish(stopped)
+    assert "0 of 1 exhibits are complete." in text
+    assert "Left:" in text
+    assert "The same command goes on." in text
+
+    finish(first("kdbook.pack", str(tmp_path / "pack"), "--only", EXHIBIT, "--parts", "1M"))
+    finish(second("kdbook.unpack", str(tmp_path / "pack")))
+    finish(second(*command, "20"))
+    expected = results_in(tmp_path / "third" / "results")
+    assert len(expected[0]) >= 2
+    assert len(expected[1]) == 4
+    assert results_in(tmp_path / "second" / "results") == expected
+    measured = sorted(p.name for p in (tmp_path / "third").rglob("records/*.measure-*"))
+    assert measured
+    assert measured == sorted(p.name for p in (tmp_path / "second").rglob("records/*.measure-*"))
+
+
+def wait_for(folder, pattern, count):
+    until = time.monotonic() + 120
+    while len([*folder.glob(f"runs/{pattern}")]) < count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "nan", "inf"])
+def test_wrong_minutes_are_refused(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all", "--minutes", text])
+    with pytest.raises(SystemExit):
+        options.parse()
+    assert "is not a number of minutes above 0" in capsys.readouterr().err
+
+
+def test_minutes_do_not_go_with_a_cluster(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all", "--minutes", "1", "--executor", "slurm"])
+    with pytest.raises(SystemExit):
+        options.parse()
+    assert "--minutes trains on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(5, "1 min"), (125, "2 min"), (3600, "1 h 0 min"), (9000, "2 h 30 min")],
+)
+def test_times_are_told_in_hours_and_minutes(seconds, expected):
+    assert slice.clock(seconds) == expected
