@@ -76,10 +76,12 @@ def test_the_readme_says_what_has_not_run_on_a_gpu(tmp_path, monkeypatch):
     assert head in (tmp_path / "README.md").read_text()
 
 
-def test_the_table_of_bfloat16_has_the_least_median_ratio_of_a_family():
+def test_the_table_of_bfloat16_has_the_median_ratio_of_a_family():
     measured = [
         *(row("resnet20, 16x16, step", layouts.RATIO, value) for value in (1.2, 1.4, 9.0)),
-        row("resnet8-x0.5, 16x16, step", layouts.RATIO, 1.3),
+        row("resnet8-x0.5, 16x16, step", layouts.RATIO, 1.2),
+        row("resnet20, 8x8, step", layouts.RATIO, 1.2),  # below the least side
+        row("resnet20, 8x8, labels", layouts.RATIO, 1.2),
         row("resnet20, 16x16, labels", layouts.RATIO, 2.0),
         row("resnet20, 16x16, labels", "contiguous / channels_last", 0.1),
         row("lenet, 28x28, labels", layouts.RATIO, 0.9),  # a step was not measured

@@ -5,6 +5,8 @@ import ctypes
 import os
 import platform
 import resource
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -55,6 +57,24 @@ def prepare(device: torch.device) -> None:
         torch._dynamo.config.recompile_limit = 1024
         torch._dynamo.config.accumulated_recompile_limit = 4096
         torch._inductor.config.deterministic = exact
+
+
+@contextlib.contextmanager
+def beside_students(device: torch.device) -> Iterator[None]:
+    """On a GPU: run what is launched inside before steps of students that are waiting.
+
+    The host waits for tests and losses, so they must not queue behind the steps of many students.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    with torch.cuda.stream(_first_stream(device)):
+        yield
+
+
+@cache
+def _first_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-2)
 
 
 def worth_compiling(device: torch.device, steps: int) -> bool:

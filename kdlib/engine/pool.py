@@ -16,6 +16,7 @@ from kdlib.data import load_data
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.capture import out_of_memory
 from kdlib.engine.deadline import check_time, seconds_left
+from kdlib.engine.device import beside_students
 from kdlib.engine.graph import is_complete, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
@@ -69,7 +70,7 @@ class TrainerPool:
         self.everything, self.then = everything, then
         self.writer = Writer()
         self.waiting: deque[Run] = deque()
-        # Before their first step; on a GPU a teacher computes their first logits meanwhile.
+        # Before the first step of an epoch; on a GPU a teacher computes their logits meanwhile.
         self.opening: list[Trainer] = []
         self.active: list[Trainer] = []
         self.free_streams: list[torch.cuda.Stream] = []
@@ -89,13 +90,15 @@ class TrainerPool:
         self.waiting.extend(runs)
         idle, too_many = True, 0
         try:
-            while self._fill():
-                idle = False
-                self._turn()
+            with beside_students(self.device):
+                while self._fill():
+                    idle = False
+                    self._turn()
             check_time(self.needed)
         except OutOfTime:
-            for trainer in self.active:
-                trainer.save()
+            for trainer in (*self.active, *self.opening):
+                if trainer.epoch or trainer.taken:
+                    trainer.save()
             raise
         except RuntimeError as error:
             too_many = len(self.active)
@@ -122,10 +125,9 @@ class TrainerPool:
         return bool(self._students)
 
     def _begin_opened(self) -> None:
-        """Begin the first epoch of every student whose logits are there; one at least must run."""
+        """Begin an epoch of every student whose logits are there; one at least must run."""
         for trainer in [*self.opening]:
             if trainer.data.has_labels() or not self.active:
-                self.opening.remove(trainer)
                 self._if_memory_lasts(trainer.run, self._begin, trainer)
 
     @property
@@ -141,6 +143,7 @@ class TrainerPool:
             if not (self.active and out_of_memory(error)):
                 raise
             self._wait()  # the first steps may still run
+        self.opening = [trainer for trainer in self.opening if trainer.run.id != run.id]
         self._release(run)
         self.waiting.appendleft(run)
         self._shrink(self._students + 1, self._students)
@@ -210,7 +213,9 @@ class TrainerPool:
     def _begin(self, trainer: Trainer) -> None:
         trainer.begin_epoch()
         self.progress.begin(trainer.run, trainer.epoch)
+        self.opening.remove(trainer)
         self.active.append(trainer)
+        trainer.advance_block()  # at once: the host may be busy with other students for long
 
     # --- turns ------------------------------------------------------------------------------------
 
@@ -251,8 +256,8 @@ class TrainerPool:
             self.needed = row["seconds"]
             self.waiting.clear()
         else:
-            trainer.begin_epoch()
-            trainer.advance_block()  # at once: the host may be busy with other students for long
+            self.active.remove(trainer)
+            self.opening.append(trainer)
 
     def _close(self, trainer: Trainer) -> None:
         self.active.remove(trainer)

@@ -72,16 +72,16 @@ class Trainer:
         # Steps of this epoch: planned at its beginning, its number in the end, done so far.
         self.planned = self.steps = self.taken = 0
         self.epoch, self.elapsed = 0, 0.0  # and seconds of this epoch before the last stop
-        self.watched = self.stopped = False  # the method may end this epoch early; it ended the run
+        self.watched = self.stopped = False  # the method may end the epoch early; ended the run
         self.log: list[dict] = []
         self.files = RunFiles(run, writer or Writer())
         # Teacher passes have the lowest priority, students a higher one.
         gpu = self.device.type == "cuda"
         self.stream = stream or (torch.cuda.Stream(self.device, priority=-1) if gpu else None)
-        self.graph = None
-        self.capturing = gpu and capture and wants_capture()
+        self.graph, self.capturing = None, gpu and capture and wants_capture()
         self._in_flight: deque[torch.cuda.Event] = deque()
         self._resume()
+        self.started = time.perf_counter() - self.elapsed
 
     # --- one epoch --------------------------------------------------------------------------------
 
