@@ -101,7 +101,7 @@ class TrainerPool:
                     trainer.save()
             raise
         except RuntimeError as error:
-            too_many = len(self.active)
+            too_many = self._students
             if too_many < 2 or not out_of_memory(error):
                 raise
         finally:
@@ -127,8 +127,9 @@ class TrainerPool:
     def _begin_opened(self) -> None:
         """Begin an epoch of every student whose logits are there; one at least must run."""
         for trainer in [*self.opening]:
-            if trainer.data.has_labels() or not self.active:
-                self._if_memory_lasts(trainer.run, self._begin, trainer)
+            ready = trainer.data.has_labels() or not self.active
+            if ready and self._if_memory_lasts(trainer.run, self._begin, trainer):
+                trainer.advance_block()  # at once: the host may be busy for long
 
     @property
     def _students(self) -> int:
@@ -208,14 +209,13 @@ class TrainerPool:
             run, self.images, self.test, self.caches, self.writer, alike=alike, stream=stream
         )
         trainer.look_ahead(trainer.epoch)
+        self.progress.begin(run, trainer.epoch)
         self.opening.append(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         trainer.begin_epoch()
-        self.progress.begin(trainer.run, trainer.epoch)
         self.opening.remove(trainer)
         self.active.append(trainer)
-        trainer.advance_block()  # at once: the host may be busy with other students for long
 
     # --- turns ------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def test_students_that_train_in_parallel_all_stop_and_continue(tiny, elsewhere, 
 
 
 def test_an_epoch_that_would_end_too_late_is_not_begun(tiny, epochs_trained, monkeypatch):
-    left = iter([3600] * 5)  # before each step of the first epoch
+    left = iter([3600] * 4)  # before each step of the first epoch but the first
     monkeypatch.setattr(Deadline, "left", property(lambda _: next(left, 1e-9)))
     run, other = tiny(epochs=3), tiny(epochs=3, seed=1)
     monkeypatch.setattr(evaluation, "check_time", lambda: None)
