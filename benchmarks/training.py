@@ -83,11 +83,11 @@ GPU = {"images": 50_000, "steps": 200, "warm_up": 40, "parallel": (4, 8, 16)}
 CASES = {
     "cpu": [
         Case(
-            *("mobilenetv2-t6-w0.5", "resnet50", 64, {("K2", "P0"): 20}),
+            *("mobilenetv2-t6-w0.5", "resnet50", 64, {("K1", "P0"): 3.5, ("K2", "P0"): 20}),
             **{"images": 256, "steps": 3, "epochs": 12, "parallel": (4,)},
         ),
         Case(
-            *("resnet20", "resnet56", 64, {("K2", "P0"): 2}),
+            *("resnet20", "resnet56", 64, {("K1", "P0"): 2.5, ("K2", "P0"): 3.8}),
             **{"images": 1024, "steps": 15, "epochs": 2, "parallel": (4,)},
         ),
     ],
