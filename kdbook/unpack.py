@@ -35,6 +35,11 @@ STATE, RECORD = "state.safetensors", "record.jsonl"
 # --- merging --------------------------------------------------------------------------------------
 
 
+def _reached(state: dict) -> tuple[int, int]:
+    """How far a saved run has come: its epochs, and steps of the next one."""
+    return len(state.get("log", ())), state.get("taken", 0)
+
+
 class Merge:
     """Writes the files of a pack that are not here.
 
@@ -57,7 +62,10 @@ class Merge:
                 others.append(name)
         for run_id, names in runs.items():
             self._run(run_id, names)
-        parent = lambda name: PurePosixPath(name).parent  # noqa: E731
+
+        def parent(name: str) -> PurePosixPath:
+            return PurePosixPath(name).parent
+
         for folder, names in groupby(sorted(others, key=parent), parent):
             if folder.name in ("runs", "records"):  # architectures: their names are their hashes
                 for name in names:
@@ -139,8 +147,8 @@ class Merge:
         weights = named_files(theirs)
         if trained:
             reason, weights = "trained here already", {}
-        elif own and len(own.get("log", ())) >= len(theirs.get("log", ())):
-            reason, weights = "as many epochs here", named_files(own)
+        elif own and _reached(own) >= _reached(theirs):
+            reason, weights = "trained as far here", named_files(own)
         elif not weights.keys() <= stored.keys():
             reason, weights = "its checkpoints are not in the pack", {}
         elif any(named.get(file, weights[file]) != weights[file] for file in weights):

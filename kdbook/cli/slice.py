@@ -80,8 +80,10 @@ def train(
         command += ["--set", f"{name}={json.dumps(value)}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment.setdefault("KDLIB_PROGRESS", "lines")
-    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    environment.setdefault("KDLIB_COMPILE", "never")  # it takes minutes
+    workers: list[subprocess.Popen] = []
     with passing_on(workers, deadline):
+        workers += [subprocess.Popen(command, env=environment) for _ in range(jobs)]
         codes = [worker.wait() for worker in workers]
     return not any(codes)
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import signal
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -27,6 +28,7 @@ def train_all(notebooks: Iterable[Notebook], deadline, **parameters) -> None:
     """
     import kdlib
     from kdbook.cli.declared import declared
+    from kdlib.errors import OutOfTime
     from kdlib.runs import Run
 
     runs, measurements = [], defaultdict(list)
@@ -39,7 +41,12 @@ def train_all(notebooks: Iterable[Notebook], deadline, **parameters) -> None:
 
     def then(trained) -> None:
         for measurement in measurements[trained.run.id]:
-            measurement(trained)
+            try:
+                measurement(trained)
+            except OutOfTime:
+                raise
+            except Exception:  # the notebook meets it again, and says so
+                traceback.print_exc()
 
     kdlib.train(runs, partial=True, deadline=deadline, then=then)
 

@@ -30,7 +30,7 @@ def jobs_and_threads(asked: int | None) -> tuple[int, int]:
     """
     cores, devices = os.cpu_count() or 1, gpus()
     os.environ["KDLIB_GPUS"] = ",".join(devices)
-    jobs = asked or len(devices) or min(cores, 4)
+    jobs = min(asked or cores, len(devices)) if devices else asked or min(cores, 4)
     return jobs, max(1, cores // jobs)
 
 

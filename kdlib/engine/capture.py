@@ -9,6 +9,8 @@ import torch
 
 # Words in errors that report a lack of memory, besides torch.OutOfMemoryError.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+# Graphs whose capture failed. They stay, since torch's allocator may still ask them.
+_FAILED: list[torch.cuda.CUDAGraph] = []
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -33,16 +35,19 @@ def capture(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
     Call it on the stream of the step. ``torch.cuda.graph`` would wait for all work of the device
     before it begins, also for that of other students. Raises RuntimeError for a lack of memory.
     """
-    graph = torch.cuda.CUDAGraph()
+    free, total = torch.cuda.mem_get_info(device)
+    if free < total // 4:  # within a capture no cached memory can be given back
+        torch.cuda.empty_cache()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     # Other threads may use CUDA at the same time.
-    graph.capture_begin(capture_error_mode="thread_local")
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         step()
         graph.capture_end()
         return graph
-    except RuntimeError as error:
-        _abandon(graph, device)
-        if out_of_memory(error):
+    except BaseException as error:
+        _abandon(graph, pool, device)
+        if not isinstance(error, RuntimeError) or out_of_memory(error):
             raise
         warnings.warn(
             f"A step cannot be captured as a CUDA graph: {error} The run trains without a graph, "
@@ -52,9 +57,14 @@ def capture(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
     return None
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """End a capture that failed. Otherwise the allocator would go on to serve the graph."""
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """End a capture that failed, and release the allocator, which would serve the graph for good.
+
+    ``capture_end`` raises before it does so where the step has made the capture invalid.
+    """
+    _FAILED.append(graph)
     with contextlib.suppress(RuntimeError):
-        graph.capture_end()  # does nothing more where the step made the capture invalid
-    with contextlib.suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(device.index, graph.pool())
+        graph.capture_end()
+    with contextlib.suppress(RuntimeError):  # raised where ``capture_end`` has done it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

@@ -38,15 +38,7 @@ def until(deadline: Deadline | None) -> Iterator[None]:
         _deadline = before
 
 
-def seconds_left() -> float:
-    """Seconds until the deadline of the present training; infinite without one."""
-    return _deadline.left
-
-
-def check_time(needed: float = 0.0) -> None:
-    """Raise OutOfTime where fewer than ``needed`` seconds are left.
-
-    Called only where the state of a training is whole.
-    """
-    if seconds_left() <= needed:
+def check_time() -> None:
+    """Raise OutOfTime after the deadline. Called only where the state of a training is whole."""
+    if _deadline.left <= 0:
         raise OutOfTime("The time for training is over. The same call continues it.")

@@ -68,8 +68,11 @@ def beside_students(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    with torch.cuda.stream(_first_stream(device)):
+    outside, first = torch.cuda.current_stream(device), _first_stream(device)
+    first.wait_stream(outside)
+    with torch.cuda.stream(first):
         yield
+    outside.wait_stream(first)
 
 
 @cache

@@ -58,6 +58,7 @@ class EpochData:
         """
         if not self.needs_logits or self.next_logits:
             return False
+        self.teachers.cache(epoch, self.images)  # here: to load a teacher is to wait for its stream
         with self.teachers.caches.beside(self.device) as done:
             self.next_logits = self._logits(epoch), done
         return True

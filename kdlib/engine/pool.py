@@ -15,7 +15,7 @@ from kdlib import store
 from kdlib.data import load_data
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.capture import out_of_memory
-from kdlib.engine.deadline import check_time, seconds_left
+from kdlib.engine.deadline import check_time
 from kdlib.engine.device import beside_students
 from kdlib.engine.graph import is_complete, refuse_repetition
 from kdlib.engine.passes import teacher_passes
@@ -76,7 +76,6 @@ class TrainerPool:
         self.free_streams: list[torch.cuda.Stream] = []
         self.locks: dict[str, ExitStack] = {}
         self.failures: dict[str, NotFinite] = {}
-        self.needed = 0.0  # seconds of an epoch that was not begun, since it would end too late
 
     def train(self, runs: list[Run]) -> dict[str, NotFinite]:
         """Train the runs that no other process is training; wait a little if others train all.
@@ -94,7 +93,7 @@ class TrainerPool:
                 while self._fill():
                     idle = False
                     self._turn()
-            check_time(self.needed)
+            check_time()
         except OutOfTime:
             for trainer in (*self.active, *self.opening):
                 if trainer.epoch or trainer.taken:
@@ -116,11 +115,12 @@ class TrainerPool:
     # --- opening ----------------------------------------------------------------------------------
 
     def _fill(self) -> bool:
-        """Open waiting runs while there is room; whether any run is in training."""
-        while self._students < self.parallel and (run := self._claim()):
-            if not self._if_memory_lasts(run, self._open, run):
-                break
-            self._begin_opened()
+        """Open a waiting run where there is room; whether any run is in training.
+
+        One at a time, since to open and capture a run takes the host about a second.
+        """
+        if self._students < self.parallel and (run := self._claim()):
+            self._if_memory_lasts(run, self._open, run)
         self._begin_opened()
         return bool(self._students)
 
@@ -141,11 +141,15 @@ class TrainerPool:
             work(argument)
             return True
         except RuntimeError as error:
-            if not (self.active and out_of_memory(error)):
+            others = [t for t in (*self.active, *self.opening) if t is not argument]
+            if not (others and out_of_memory(error)):
                 raise
             self._wait()  # the first steps may still run
-        self.opening = [trainer for trainer in self.opening if trainer.run.id != run.id]
-        self._release(run)
+        if isinstance(argument, Trainer):  # between two epochs: its state is whole
+            argument.save()
+            self._leave(argument, self.opening)
+        else:
+            self._release(run)
         self.waiting.appendleft(run)
         self._shrink(self._students + 1, self._students)
         return False
@@ -240,7 +244,7 @@ class TrainerPool:
         except NotFinite as error:
             # without its frames, which would keep the trainer alive
             self.failures[trainer.run.id] = error.with_traceback(None)
-            self._close(trainer)
+            self._leave(trainer, self.active)
             return
         images = trainer.steps * trainer.run.recipe.batch
         self.progress.epoch(trainer.run, row, images, trainer.finished)
@@ -248,21 +252,19 @@ class TrainerPool:
             trainer.close()
             self.progress.skip(trainer.run.recipe.epochs - trainer.epoch)
             refuse_repetition(trainer.run)
-            self._close(trainer)
+            self._leave(trainer, self.active)
             self.then(trainer.run)
-        elif seconds_left() < row["seconds"]:  # the next epoch would not end in time
-            trainer.save()
-            self._close(trainer)
-            self.needed = row["seconds"]
-            self.waiting.clear()
         else:
+            trainer.look_ahead(trainer.epoch)  # where the epoch was too short to do it before
             self.active.remove(trainer)
             self.opening.append(trainer)
 
-    def _close(self, trainer: Trainer) -> None:
-        self.active.remove(trainer)
+    def _leave(self, trainer: Trainer, students: list[Trainer]) -> None:
+        """Give back what a student holds. Its lock is the last: then its files are written."""
+        students.remove(trainer)
         if trainer.stream:
             self.free_streams.append(trainer.stream)
+        trainer.files.wait()
         self._release(trainer.run)
 
     def _wait(self) -> None:
@@ -273,8 +275,9 @@ class TrainerPool:
     def _stop(self) -> None:
         """Release all locks, in whatever way the training ended."""
         try:
-            self._wait()
-            self.writer.wait()
+            with ExitStack() as both:
+                both.callback(self.writer.wait)
+                self._wait()
         finally:
             self.active.clear()
             self.opening.clear()

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class RunFiles:
         self.machines: list[dict] = []
         self.state_path = store.folder(run) / "state.safetensors"
         self._saved, self._cost = time.perf_counter(), 0.0
+        self._last: Future | None = None
 
     # --- what the run keeps -----------------------------------------------------------------------
 
@@ -47,11 +49,16 @@ class RunFiles:
         def work() -> None:
             fingerprints[str(epoch)] = save(self.run, epoch, content)
 
-        self.writer.write(work)
+        self._last = self.writer.write(work)
+
+    def wait(self) -> None:
+        """Wait until all files of this run are written, since work is done in order."""
+        if self._last:
+            self._last.result()
 
     def write_record(self, rows: list[dict], summary: dict, environment: dict) -> None:
         """Write the record of a finished run, and remove its saved state."""
-        self.writer.wait()
+        self.wait()
         *earlier, now = self._with(environment)
         summary |= {"weights": self.weights}
         summary |= {"logits": self.logits} if self.run.save_logits else {}
@@ -93,7 +100,7 @@ class RunFiles:
             store.save_tensors(self.state_path, tensors, about)
             self._cost = time.perf_counter() - started
 
-        self.writer.write(work)
+        self._last = self.writer.write(work)
 
     def load_state(self, teachers: Teachers) -> tuple[dict[str, Tensor], dict] | None:
         """The saved tensors and ``about``; None where there is no whole state that fits.

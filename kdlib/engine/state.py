@@ -175,6 +175,7 @@ class TrainState:
                 tensor.copy_(before.get(name, torch.zeros_like(tensor)))
             if scaling:
                 self.scaler.load_state_dict(scaling)
+                self.scaler._per_optimizer_states.clear()  # of a step that was cut off
 
 
 def initial_modules(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:

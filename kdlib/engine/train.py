@@ -11,7 +11,7 @@ from kdlib import store
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.deadline import Deadline, until
 from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.graph import ancestry, is_complete, next_level
+from kdlib.engine.graph import incomplete, is_complete, next_level
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.pool import TrainerPool, asked_parallel
 from kdlib.engine.progress import Progress
@@ -156,7 +156,7 @@ class _Session:
         The graph is read again after each level, since a teacher that was trained again makes its
         students incomplete.
         """
-        everything = ancestry(runs)
+        everything = incomplete(runs, weights, {})
         while level := next_level(runs, weights, self.failures):
             self._train_level(level, everything)
 

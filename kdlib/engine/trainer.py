@@ -69,9 +69,8 @@ class Trainer:
         self.pretrained = {n: self.state.called(m) for n, m in self.teachers.pretrained.items()}
         self.data = EpochData(run, train, self.teachers)
         self.meter = Meter(self.device)
-        # Steps of this epoch: planned at its beginning, its number in the end, done so far.
-        self.planned = self.steps = self.taken = 0
         self.epoch, self.elapsed = 0, 0.0  # and seconds of this epoch before the last stop
+        self.planned = self.steps = self.taken = 0  # its steps: at first, in the end, done so far
         self.watched = self.stopped = False  # the method may end the epoch early; ended the run
         self.log: list[dict] = []
         self.files = RunFiles(run, writer or Writer())
@@ -86,10 +85,7 @@ class Trainer:
     # --- one epoch --------------------------------------------------------------------------------
 
     def begin_epoch(self) -> None:
-        """Put the epoch's images, logits and learning rate where the step reads them.
-
-        An epoch that was saved within continues at its next step.
-        """
+        """Put the epoch's images, logits and learning rate where the step reads them."""
         self.started = time.perf_counter() - self.elapsed
         self._synchronise()
         if self.run.method.needs_teacher:
@@ -97,6 +93,8 @@ class Trainer:
         self.steps = self.planned = self.data.begin(self.epoch)
         self.state.set_rates(self.epoch)
         self.watched = self.run.method.should_stop(self.state.modules, within=self.steps)
+        if self.taken and self.watched:  # saved between its last step and its test, perhaps
+            self._check_stop()
         self.state.modules.train()
         if self.capturing and self.graph is None:
             self._capture()
@@ -126,7 +124,8 @@ class Trainer:
 
     def advance_block(self) -> None:
         """Some steps of this epoch, at most ``BLOCK``, without a wait for their end."""
-        for _ in range(min(BLOCK[self.device.type], self.steps - self.taken)):
+        end = self.taken + BLOCK[self.device.type]
+        while self.taken < min(end, self.steps):  # the method may end the epoch in this block
             self.advance()
             if self.watched:
                 self._check_stop()

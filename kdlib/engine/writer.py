@@ -9,6 +9,8 @@ from torch import Tensor
 # Saving resume states may take at most this share of the time of training, over all students.
 # Where epochs are short, a state is saved every few epochs.
 SAVING_SHARE = 0.05
+# Pieces of work that may wait, each with its copies on the host.
+MOST_PENDING = 64
 
 
 class Writer:
@@ -23,14 +25,17 @@ class Writer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdlib-writer")
         self._pending: deque[Future] = deque()
 
-    def write(self, work: Callable[[], None]) -> None:
+    def write(self, work: Callable[[], None]) -> Future:
         """Do ``work`` soon. Raises the error of earlier work, such as StoreError for a full disk.
 
-        ``work`` must not use the device, and not read what training changes: see ``on_host``.
+        ``work`` must not use the device, and not read what training changes: see ``on_host``. Waits
+        where too much is left to do, whose copies fill the memory.
         """
-        while self._pending and self._pending[0].done():
+        future = self._thread.submit(work)
+        self._pending.append(future)
+        while self._pending and (self._pending[0].done() or len(self._pending) > MOST_PENDING):
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(work))
+        return future
 
     def wait(self) -> None:
         """Wait until all work is done. Raises the first error of it, after all was tried."""

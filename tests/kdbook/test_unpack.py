@@ -167,7 +167,7 @@ def test_the_state_with_more_epochs_wins(tiny, out, tmp_path, machine, train_unt
         pack_runs(tmp_path / f"{name}_pack", [run])
     before = here()
     line = unpack.unpack(tmp_path / "first_pack")
-    assert "as many epochs here" in line
+    assert "trained as far here" in line
     assert here() == before
     machine("first")
     unpack.unpack(tmp_path / "second_pack")

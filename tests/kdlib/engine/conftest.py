@@ -43,14 +43,14 @@ def another_home(tmp_path, monkeypatch):
 def start(gpu, another_home):
     """A trainer at the start of its first epoch, in a store of its own."""
 
-    def make(run, capture):
+    def make(run, capture, graph=None):
         another_home()
         images = load_data(run.data, "train", gpu).first(run.images)
         trainer = Trainer(
             run, images, load_data(run.data, "test", gpu), CachePool(), capture=capture
         )
         trainer.begin_epoch()
-        assert (trainer.graph is not None) == capture
+        assert (trainer.graph is not None) == (capture if graph is None else graph)
         return trainer
 
     return make

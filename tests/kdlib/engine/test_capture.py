@@ -15,21 +15,24 @@ def graph(monkeypatch):
     calls = []
 
     class Graph:
-        def capture_begin(self, capture_error_mode):
-            calls.append(f"begin {capture_error_mode}")
+        def capture_begin(self, pool, capture_error_mode):
+            calls.append(f"begin in {pool}, {capture_error_mode}")
 
         def capture_end(self):
             calls.append("end")
             raise RuntimeError("operation failed due to a previous error during capture")
 
         def pool(self):
-            return (0, 1)
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
 
-    def end_allocating(device, pool):
-        calls.append(f"allocator of {device} leaves {pool}")
+    def note(name):
+        return lambda device, pool: calls.append(f"{name} {pool} of {device}")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocating, raising=False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80, 100))
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", note(name), raising=False)
     return calls
 
 
@@ -39,16 +42,22 @@ def test_a_step_that_cannot_be_captured_is_named_and_the_allocator_is_released(g
 
     with pytest.warns(UserWarning, match="not permitted.*trains without a graph"):
         assert capture(step, DEVICE) is None
-    assert graph == ["begin thread_local", "end", "allocator of 0 leaves (0, 1)"]
+    assert graph == [
+        "begin in (0, 1), thread_local",
+        "end",
+        "endAllocateToPool (0, 1) of 0",
+        "releasePool (0, 1) of 0",
+    ]
 
 
-def test_a_lack_of_memory_in_a_capture_is_raised(graph):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, TypeError])
+def test_other_errors_in_a_capture_are_raised(graph, error):
     def step():
-        raise torch.OutOfMemoryError
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error):
         capture(step, DEVICE)
-    assert graph[-1].startswith("allocator")
+    assert graph[-1].startswith("releasePool")
 
 
 def test_the_environment_may_forbid_capture(monkeypatch):

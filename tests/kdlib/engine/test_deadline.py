@@ -1,12 +1,16 @@
 """A deadline: training stops in time, loses nothing, and continues to the same bits."""
 
+from dataclasses import replace
+
 import pytest
 from helpers import same_log
 
-from kdlib import KD, KR, OneStage, Penalised, store, train
+from kdlib import KD, KR, GateSearch, OneStage, Penalised, store, train
 from kdlib.engine import evaluation, logit_cache
+from kdlib.engine import trainer as trainer_module
 from kdlib.engine.deadline import Deadline
 from kdlib.engine.logit_cache import LogitCache
+from kdlib.engine.pool import TrainerPool
 from kdlib.engine.train import CACHES
 from kdlib.engine.trainer import Trainer
 from kdlib.errors import OutOfTime
@@ -95,15 +99,46 @@ def test_students_that_train_in_parallel_all_stop_and_continue(tiny, elsewhere, 
         assert same_log(ours, theirs)
 
 
-def test_an_epoch_that_would_end_too_late_is_not_begun(tiny, epochs_trained, monkeypatch):
-    left = iter([3600] * 4)  # before each step of the first epoch but the first
-    monkeypatch.setattr(Deadline, "left", property(lambda _: next(left, 1e-9)))
-    run, other = tiny(epochs=3), tiny(epochs=3, seed=1)
-    monkeypatch.setattr(evaluation, "check_time", lambda: None)
-    with pytest.raises(OutOfTime):
-        train([run, other], deadline=Deadline(3600))
-    assert epochs_trained == [(run.id, 1)]
-    assert (store.folder(run) / "state.safetensors").exists()
+@pytest.fixture
+def search(tiny, elsewhere):
+    """A search that ends within an epoch, and its result without any stop."""
+    dense = tiny(epochs=1, model="densenet-bc-16-4")
+    method = GateSearch(dense, budget=0.6, strength=0.5, rate=0.05)
+    run = replace(dense, recipe=replace(dense.recipe, epochs=9), method=method, start=dense)
+    expected = elsewhere(run, dense)[0]
+    assert expected.epochs_used % 1
+    return run, expected
+
+
+def test_a_run_that_its_method_ended_before_the_time_was_over_ends_at_the_same_step(
+    search, stop_after
+):
+    run, expected = search
+    train([run.start])
+    stop_after([run], Trainer, "step", round(expected.epochs_used * 5))
+    resumed = train([run])[0]
+    assert resumed.epochs_used == expected.epochs_used
+    assert resumed.summary["weights"] == expected.summary["weights"]
+
+
+def test_an_early_end_does_not_depend_on_the_number_of_steps_in_a_block(search, monkeypatch):
+    run, expected = search
+    monkeypatch.setitem(trainer_module.BLOCK, "cpu", 32)
+    ours = train([run])[0]
+    assert ours.epochs_used == expected.epochs_used
+    assert ours.summary["weights"] == expected.summary["weights"]
+
+
+def test_the_lock_of_a_run_is_free_only_when_its_files_are_written(tiny, monkeypatch):
+    free, release = [], TrainerPool._release
+
+    def note(students, run):
+        free.append((store.folder(run) / "record.jsonl").exists())
+        release(students, run)
+
+    monkeypatch.setattr(TrainerPool, "_release", note)
+    train([tiny(keep=(1,), seed=seed) for seed in (1, 2)], parallel=2)
+    assert free == [True, True]
 
 
 def test_without_a_deadline_nothing_stops(tiny):

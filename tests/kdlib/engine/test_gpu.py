@@ -24,6 +24,7 @@ from kdlib.engine import LogitCache, state
 from kdlib.engine.cache_pool import HOST, CachePool
 from kdlib.engine.logit_cache import folded
 from kdlib.engine.train import CACHES
+from kdlib.engine.trainer import Trainer
 from kdlib.methods import (
     STC,
     GateSearch,
@@ -85,6 +86,22 @@ def test_an_evaluation_between_replays_leaves_training_alone(start):
         trainer.state.modules["student"].train()
     advance(undisturbed, 15)
     assert_equal(whole(trainer), whole(undisturbed))
+
+
+def test_a_capture_that_fails_costs_one_run_its_graph_alone(start, gpu, monkeypatch):
+    step = Trainer.step
+
+    def reading(trainer):
+        step(trainer)
+        trainer.meter.sums["loss"].item()  # a wait, which a capture forbids
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", reading)
+        with pytest.warns(UserWarning, match="trains without a graph"):
+            failed = start(RUN, capture=True, graph=False)
+    captured, eager = (finish(start(RUN, capture=c)) for c in (True, False))
+    assert_equal(whole(captured), whole(eager))
+    assert_equal(whole(finish(failed)), whole(eager))
 
 
 # --- parallel runs --------------------------------------------------------------------------------
