@@ -27,6 +27,7 @@ from kdlib.errors import KdlibError, StoreError, UnknownName
 from kdlib.models.architecture import MARK, file_of
 from kdlib.runs import Run
 
+LEAST_PART = 10_000  # bytes; the index of a pack must fit into a part
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 # Code of a notebook that reads weights contains one of these.
 READS_WEIGHTS = re.compile(r"\bmeasure\(|\bchains\.|\.model\(|weights=True")
@@ -233,8 +234,10 @@ def reads_weights(notebook: Notebook) -> bool:
 def size_of(text: str) -> int:
     """Bytes, of a text such as 15M or 1.5G; K, M and G are thousands, millions and billions."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
-    if not (found and (size := int(float(found[1]) * UNITS[found[2]]))):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size. Write a size such as 15M or 1G.")
+    if not found or (size := int(float(found[1]) * UNITS[found[2]])) < LEAST_PART:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size. Write a size such as 15M or 1G, at least 10K."
+        )
     return size
 
 
@@ -246,7 +249,12 @@ def main() -> int:
     parser.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
     parser.add_argument("--only", default="", help="exhibits, separated by commas (default: all)")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=DATA")
-    parser.add_argument("--parts", type=size_of, default="100M", help="largest size of a file")
+    parser.add_argument(
+        "--parts",
+        type=size_of,
+        default="100M",
+        help="largest size of a file, such as 15M or 1G (default: 100M)",
+    )
     arguments = parser.parse_args()
     try:
         data = {name: own for name, _, own in (pair.partition("=") for pair in arguments.data)}

@@ -5,9 +5,14 @@ import importlib.util
 import os
 from pathlib import Path
 
+import torch
+
 from kdbook.cli.notebooks import all_notebooks
 from kdbook.profiles import PROFILES, Profile, open_profile
+from kdlib.engine.capture import wants_capture
+from kdlib.engine.device import prepare
 from kdlib.engine.pool import PARALLEL
+from kdlib.engine.precision import training_dtype
 from kdlib.errors import KdlibError, UnknownName
 
 DESCRIPTION = """\
@@ -41,6 +46,9 @@ environment variables:
                         the same as --parallel and --keep-route
   KDLIB_COMPILE         compile the students on a GPU: never, always, or auto (default: runs of
                         50,000 steps or more)
+  KDLIB_PRECISION       precision of training and labels: float32 or bfloat16 (default: half
+                        precision on a GPU, and on a CPU where it is faster)
+  KDLIB_CAPTURE         never: no CUDA graphs, which is slower
   KDLIB_DETERMINISTIC   1: use the same GPU kernels in every run; two equal runs on one machine then
                         agree in every bit, but training is slower
 """
@@ -64,6 +72,14 @@ def minutes(text: str) -> float:
     return number
 
 
+def check_environment() -> None:
+    """Raise ValueError for a wrong value of a variable, before any process starts."""
+    cpu = torch.device("cpu")
+    prepare(cpu)
+    training_dtype(cpu)
+    wants_capture()
+
+
 def parse() -> argparse.Namespace:
     """Parse and check the command line; ``profile`` of the result is the opened profile."""
     parser = _parser()
@@ -74,6 +90,7 @@ def parse() -> argparse.Namespace:
             os.environ[f"KDLIB_{option.upper()}"] = str(number)
     try:
         positive(os.environ.get("KDLIB_PARALLEL") or "1")
+        check_environment()
         arguments.profile = _checked(arguments)
     except argparse.ArgumentTypeError as error:
         parser.error(f"KDLIB_PARALLEL: {error}")

@@ -14,6 +14,7 @@ from kdbook.cli.slice import run_slice
 from kdbook.cli.workflow import run, snakemake
 from kdbook.profiles import PROFILES
 from kdlib import files
+from kdlib.errors import KdlibError
 
 
 def list_notebooks(profile_name: str) -> None:
@@ -56,8 +57,12 @@ def main() -> int:
     if arguments.list:
         list_notebooks(profile.name)
         return 0
-    if arguments.minutes:
-        return run_slice(arguments)
+    if arguments.minutes and not arguments.dry_run:
+        try:
+            return run_slice(arguments)
+        except KdlibError as error:
+            print(error, file=sys.stderr)
+            return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command, started = snakemake(arguments), time.monotonic()
     if arguments.dry_run:

@@ -58,9 +58,12 @@ def run_slice(arguments: argparse.Namespace) -> int:
     print(f"{len(complete)} of {len(notebooks)} exhibits are complete.")
     if late := [n.exhibit for n in waiting if n not in rendered]:
         print(f"Not rendered yet: {', '.join(late)}.")
+    if not trained:
+        print("Training failed: the message above says why.", file=sys.stderr)
+        return 1
     report_left(standing, before, seconds)
     print(f"Results are in {files.results() / profile.folder}.")
-    return 0 if trained else 1
+    return 0
 
 
 # --- training -------------------------------------------------------------------------------------
