@@ -20,7 +20,7 @@ from kdbook.cli.declared import declared_runs
 from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
 from kdbook.packed import FORMAT, INDEX, PART, check_content, count, entry_of, named_files
 from kdbook.profiles import PROFILES, Profile, open_profile
-from kdbook.remaining import Known, follow, is_rendered, read_about, state_path
+from kdbook.remaining import Known, follow, is_rendered, read_about
 from kdlib import files, store
 from kdlib.engine.train import RunChain
 from kdlib.errors import KdlibError, StoreError, UnknownName
@@ -116,18 +116,18 @@ def _add_record(contents: Contents, run: Run, kept: bool, records: str) -> None:
 
 def _add_state(contents: Contents, run: Run, locks: ExitStack) -> None:
     """Add the resume state of an unfinished run, and the checkpoints that it names."""
-    if not state_path(run).exists():
+    if not store.state_path(run).exists():
         return
     try:
         locks.enter_context(store.lock(run))
     except Timeout:
         contents.busy.append(run)
         return
-    if state := read_about(state_path(run)):
-        contents.paths[f"runs/{run.id}/state.safetensors"] = state_path(run)
+    if state := read_about(store.state_path(run)):
+        contents.paths[f"runs/{run.id}/state.safetensors"] = store.state_path(run)
         _add_named(contents, run, state)
     else:
-        contents.damaged.append(state_path(run))
+        contents.damaged.append(store.state_path(run))
 
 
 def _add_named(contents: Contents, run: Run, naming: Mapping) -> None:

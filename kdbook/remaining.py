@@ -104,10 +104,6 @@ def _follow_chain(chain: RunChain, known: Known) -> tuple[list[Run], list[Run], 
 # --- epochs ---------------------------------------------------------------------------------------
 
 
-def state_path(run: Run) -> Path:
-    return store.folder(run) / "state.safetensors"
-
-
 def read_about(path: Path) -> dict | None:
     """What a file of tensors says about itself, read from its header; None without a whole one."""
     try:
@@ -119,7 +115,7 @@ def read_about(path: Path) -> dict | None:
 
 def epochs_left(run: Run) -> int:
     """Epochs that an unfinished run still needs, given its resume state in the store."""
-    return run.recipe.epochs - len((read_about(state_path(run)) or {}).get("log", ()))
+    return run.recipe.epochs - len((read_about(store.state_path(run)) or {}).get("log", ()))
 
 
 # --- rendered exhibits ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class RunFiles:
         self.weights: dict[str, str] = {}
         self.logits: dict[str, str] = {}
         self.machines: list[dict] = []
-        self.state_path = store.folder(run) / "state.safetensors"
+        self.state_path = store.state_path(run)
         self._saved, self._cost = time.perf_counter(), 0.0
         self._last: Future | None = None
 

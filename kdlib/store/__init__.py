@@ -21,5 +21,6 @@ from kdlib.store.weights import (
     save_tensors,
     saved_fingerprint,
     select,
+    state_path,
     weights_path,
 )

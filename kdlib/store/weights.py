@@ -85,6 +85,11 @@ def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
+def state_path(run: Run) -> Path:
+    """The file with which an unfinished run continues."""
+    return folder(run) / "state.safetensors"
+
+
 def weights_path(run: Run, epoch: int) -> Path:
     return folder(run) / f"epoch-{epoch:04d}.safetensors"
 

@@ -9,7 +9,7 @@ from helpers import garble, replace_weights
 from kdbook import remaining
 from kdbook.exhibits import Exhibit
 from kdbook.profiles import open_profile
-from kdbook.remaining import epochs_left, follow, is_rendered, state_path, unfinished
+from kdbook.remaining import epochs_left, follow, is_rendered, unfinished
 from kdlib import KD, Run, store, train
 from kdlib.errors import NothingFound, StoreError
 
@@ -140,7 +140,7 @@ def test_finished_epochs_of_a_resume_state_are_not_left(tiny, train_until):
     assert epochs_left(run) == 3
     train_until(run, 2)
     assert epochs_left(run) == 1
-    garble(state_path(run))
+    garble(store.state_path(run))
     assert epochs_left(run) == 3
 
 
