@@ -28,7 +28,7 @@ import torch
 from benchmarks import arguments, row, selected, time_is_over
 from benchmarks.field import FieldLoop, Style
 from benchmarks.tables import report
-from kdbook.claims import interval
+from kdbook.contrasts import interval
 from kdlib import KD, KR, STC, CrossEntropy, Recipe, Run, load_data, train
 from kdlib.data import Images
 from kdlib.engine.train import CACHES

@@ -1,26 +1,25 @@
-"""The claims of the papers, and our verdicts on them. Every verdict is computed from cells.
+"""Our verdicts on the claims of the papers. Every verdict is computed from cells.
 
-A cell is a row and a column of an exhibit. Each of our cells has one value per seed. Differences
-between methods are paired by seed; runs of one seed share their teacher.
+``docs/verdicts.md`` explains the rule, and how often it errs.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
-import yaml
-from scipy import special, stats
 
-from kdlib import files
+from kdbook.contrasts import interval
+from kdbook.estimates import contrasts_of, estimate
+from kdbook.published import Cells, all_claims, paper_cells, published, unit_of
 
-CONFIDENCE = 0.95
-PUBLISHED = files.ROOT / "results" / "published"
-# Cells of an exhibit: {(row, column): values by seed}. A counted value has the seed None.
-Cells = Mapping[tuple[str, str], Mapping[int | None, float]]
+# The scales of an exhibit's runs, and the verdicts on a relation: for the claim, against it, open.
+WORDS = {
+    "full": ("supported", "contradicted", "inconclusive"),
+    "reduced": ("holds here", "reverses here", "unresolved here"),
+}
+SMOKE = "smoke"  # the scale of runs that are no evidence
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,23 @@ class Verdict:
     """Our verdict on one claim, or on one row of a claim of the kind ``value``.
 
     Attributes:
-        verdict: ``reproduced``, ``inconclusive`` or ``differs`` for values; ``supported``,
-            ``inconclusive`` or ``contradicted`` for all other kinds; ``direction only`` where the
-            profile, the data set or the method is not the paper's; ``not run``.
+        verdict: of a value ``reproduced``, ``inconclusive`` or ``differs``; of a relation one of
+            ``WORDS``; ``not comparable`` for numbers that only a run at full scale can test;
+            ``no verdict``, for the reason in ``detail``; ``not run``.
+        detail: the rival or the step with the smallest gap; for a family the share of wins; the
+            reason of ``no verdict``.
         estimate: our number: for a value its difference from the paper's value, for a correlation
-            the coefficient, otherwise the claimed gap (the smallest one of several gaps).
-            ``low`` and ``high`` are its 95 % interval.
+            the coefficient, otherwise the claimed gap (the smallest one of several).
+        low, high: one-sided 95 % bounds of a relation; the 95 % interval of a value.
+        resolution: the distance from the estimate to its bound; a smaller gap is not found.
         paper: the same quantity, computed from the paper's numbers.
-        as_claimed: whether the estimate lies on the claimed side; None for values.
-        n: number of seeds; for a correlation, number of rows.
-        reconstruction: whether the claim depends on a method or on data that this project had to
-            reconstruct, because the paper's text has lost it.
+        power: the probability of ``supported`` or ``holds here`` if the paper's gap were the truth
+            and the spread were ours.
+        n: number of seeds.
+        agree: number of seeds in which all claimed gaps have the claimed sign.
+        headline: whether the claim is one of the few that the paper stands for.
+        reconstruction: whether the claim depends on a part that this project had to reconstruct.
+            Its verdict is on our reading, not on the paper.
     """
 
     id: str
@@ -46,53 +51,38 @@ class Verdict:
     kind: str
     statement: str
     where: str
-    unit: str
+    unit: str = ""
     verdict: str = "not run"
+    detail: str = ""
     estimate: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    resolution: float = math.nan
     tolerance: float = math.nan
     paper: float = math.nan
-    as_claimed: bool | None = None
+    power: float = math.nan
     n: int = 0
+    agree: float = math.nan
+    headline: bool = False
     reconstruction: bool = False
 
 
-@lru_cache
-def published() -> pd.DataFrame:
-    """All numbers in the four papers: exhibit, row, column, value, unit, note, digits."""
-    paths = sorted(PUBLISHED.glob("*.csv"))
-    table = pd.concat([pd.read_csv(path, dtype={"value": str}) for path in paths])
-    table["digits"] = table.value.str.partition(".")[2].str.len()
-    table["value"] = table.value.astype(float)
-    return table.fillna({"unit": "", "note": ""}).reset_index(drop=True)
-
-
-@lru_cache
-def all_claims() -> list[dict]:
-    """The claims of the four papers, from ``results/published/claims.yaml``."""
-    return yaml.safe_load((PUBLISHED / "claims.yaml").read_text())
-
-
-def paper_cells(exhibit: str) -> Cells:
-    """The published cells of an exhibit."""
-    rows = published()[published().exhibit == exhibit]
-    return {(r.row, r.column): {None: r.value} for r in rows.itertuples()}
-
-
-def judge(exhibit: str, ours: Cells, faithful: bool) -> list[Verdict]:
+def judge(
+    exhibit: str, ours: Cells, scale: str, failed: Mapping[str, Iterable[str] | None] | None = None
+) -> list[Verdict]:
     """Verdicts on all claims of an exhibit.
 
     Args:
         ours: our cells.
-        faithful: whether profile and data are the paper's. Verdicts on counted numbers do not
-            depend on this.
+        scale: ``full`` where profile and data are the paper's, ``reduced`` where they are not,
+            ``smoke`` where the runs are no evidence. Counted numbers do not depend on it.
+        failed: checks that failed, with the rows that they concern; None for all rows.
     """
     verdicts = []
     for claim in all_claims():
         if claim["exhibit"] == exhibit:
-            judge_claim = _judge_values if claim["kind"] == "value" else _judge_relation
-            verdicts += judge_claim(claim, ours, faithful)
+            rows = _value_rows(claim) if claim["kind"] == "value" else [None]
+            verdicts += [_judge(claim, row, ours, scale, failed or {}) for row in rows]
     return verdicts
 
 
@@ -101,179 +91,143 @@ def as_table(verdicts: list[Verdict]) -> pd.DataFrame:
     return pd.DataFrame([asdict(v) for v in verdicts], columns=[f.name for f in fields(Verdict)])
 
 
-def interval(values: np.ndarray, tests: int = 1) -> tuple[float, float]:
-    """Student's t-interval of a mean at 95 %, with Bonferroni's correction for ``tests`` tests.
+def _judge(
+    claim: dict, row: str | None, ours: Cells, scale: str, failed: Mapping[str, Iterable | None]
+) -> Verdict:
+    value = claim["kind"] == "value"
+    measured = _measure_value(claim, row, ours) if value else _measure(claim, ours, scale)
+    if measured.verdict == "not run":
+        return measured
+    if claim.get("deterministic"):
+        return replace(measured, verdict=_counted(measured, claim))
+    if reason := _withheld(claim, row, measured, scale, failed):
+        return replace(measured, verdict="no verdict", detail=reason)
+    if claim["kind"] in ("value", "gain", "equal") and scale != "full":
+        return replace(measured, verdict="not comparable", detail="", power=math.nan)
+    return replace(measured, verdict=_word(measured, claim, scale))
 
-    Both ends are NaN where there are fewer than two values.
-    """
-    if len(values) < 2:
-        return math.nan, math.nan
-    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * tests), len(values) - 1)
-    margin = quantile * stats.sem(values)
-    return values.mean() - margin, values.mean() + margin
+
+def _withheld(claim: dict, row: str | None, measured: Verdict, scale: str, failed) -> str:
+    """Why there is no verdict; empty if there is one."""
+    if scale == SMOKE:
+        return "a smoke run is no evidence"
+    named = {row} if row else {cell[0] for c in contrasts_of(claim) for cell in c}
+    for text, rows in failed.items():
+        if rows is None or not named or named & set(rows):
+            return f"a check failed: {text}"
+    if measured.n < 2:
+        return "one seed"
+    return ""
+
+
+def _counted(measured: Verdict, claim: dict) -> str:
+    if claim["kind"] in ("value", "gain"):
+        # A difference of exactly the tolerance can be a little larger as a float.
+        close = abs(measured.estimate) <= measured.tolerance * (1 + 1e-9)
+        return "reproduced" if close else "differs"
+    if claim["kind"] == "equal":
+        true = abs(measured.estimate) < claim["tolerance"]
+    else:
+        true = measured.estimate > claim.get("margin", 0.0)
+    return "supported" if true else "contradicted"
+
+
+def _word(measured: Verdict, claim: dict, scale: str) -> str:
+    """The verdict on a trained quantity. Bounds that are not known decide nothing."""
+    low, high, tolerance = measured.low, measured.high, measured.tolerance
+    kind, (yes, no, unclear) = claim["kind"], WORDS[scale]
+    if kind in ("value", "gain"):
+        yes, no = "reproduced", "differs"
+    if kind in ("value", "gain", "equal"):
+        found, refuted = -tolerance < low and high < tolerance, low > tolerance or high < -tolerance
+    else:
+        found, refuted = low > _margin(claim, scale), high < _margin(claim, scale)
+    return yes if found else no if refuted else unclear
+
+
+def _margin(claim: dict, scale: str) -> float:
+    """What an estimate must exceed. Margins are points at full scale: below it, they are 0."""
+    if scale != "full":
+        return 0.0
+    if claim["kind"] == "correlation":
+        return abs(claim.get("at_least", claim.get("at_most")))
+    return claim.get("margin", 0.0)
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
-def _judge_values(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
-    printed = _printed(claim).set_index("row")
-    rows = claim.get("rows", printed.index)
-    return [_judge_value(claim, printed.loc[row], ours, faithful) for row in rows]
+def _value_rows(claim: dict) -> list[str]:
+    return claim.get("rows") or list(_printed(claim).row)
 
 
-def _judge_value(claim: dict, printed: pd.Series, ours: Cells, faithful: bool) -> Verdict:
-    row, tolerance = printed.name, claim["tolerance"]
+def _measure_value(claim: dict, row: str, ours: Cells) -> Verdict:
+    printed = _printed(claim).set_index("row").loc[row]
+    tolerance = claim["tolerance"]
     if tolerance == "printed":
         tolerance = 0.5 * 10.0**-printed.digits
-    about = _about(claim) | {
-        "id": f"{claim['id']}/{row}",
-        "unit": printed.unit,
-        "tolerance": tolerance,
-        "paper": printed.value,
-        "reconstruction": _is_reconstruction(claim, row),
-    }
+    empty = replace(
+        _about(claim, row),
+        id=f"{claim['id']}/{row}",
+        unit=printed.unit,
+        tolerance=tolerance,
+        paper=printed.value,
+    )
     values = np.array(list(ours.get((row, claim["column"]), {}).values()))
-    if len(values) == 0:
-        return Verdict(**about)
-    difference = values.mean() - printed.value
+    if not len(values):
+        return empty
     low, high = (bound - printed.value for bound in interval(values))
-    if claim.get("deterministic"):
-        # A difference of exactly the tolerance can be a little larger as a float.
-        verdict = "reproduced" if abs(difference) <= tolerance * (1 + 1e-9) else "differs"
-    elif not faithful or about["reconstruction"]:
-        verdict = "direction only"
-    elif -tolerance <= low and high <= tolerance:
-        verdict = "reproduced"
-    elif low > tolerance or high < -tolerance:
-        verdict = "differs"
-    else:
-        verdict = "inconclusive"
-    numbers = {"estimate": difference, "low": low, "high": high, "n": len(values)}
-    return Verdict(**about, **numbers, verdict=verdict)
+    numbers = {"estimate": values.mean() - printed.value, "low": low, "high": high}
+    return replace(empty, verdict="", n=len(values), resolution=(high - low) / 2, **numbers)
 
 
-# --- gaps, orderings, correlations ----------------------------------------------------------------
+# --- relations ------------------------------------------------------------------------------------
 
 
-def _judge_relation(claim: dict, ours: Cells, faithful: bool) -> list[Verdict]:
-    units, paper = _printed(claim).unit, estimate(claim, paper_cells(claim["exhibit"]))
-    about = _about(claim) | {
-        "unit": units.iloc[0] if len(units) else "",
-        "tolerance": claim.get("tolerance", math.nan),
-        "paper": paper[0] if paper else math.nan,
-        "reconstruction": _is_reconstruction(claim),
-    }
-    result = estimate(claim, ours)
-    if result is None:
-        return [Verdict(**about)]
-    found, low, high, n = result
-    if claim["kind"] == "equal":
-        bound = claim["tolerance"]
-        supported, contradicted = -bound < low and high < bound, low > bound or high < -bound
-        as_claimed = abs(found) < bound
-    elif claim["kind"] == "correlation":
-        bound = abs(claim.get("at_least", claim.get("at_most")))
-        supported, contradicted = low > 0 and found >= bound, high < bound
-        as_claimed = found > 0
-    else:
-        margin = claim.get("margin", 0.0)
-        supported, contradicted = low > margin, high < margin
-        as_claimed = found > margin
-    if not (claim.get("deterministic") or (faithful and not about["reconstruction"])):
-        verdict = "direction only"
-    else:
-        verdict = "supported" if supported else "contradicted" if contradicted else "inconclusive"
-    side = None if math.isnan(found) else bool(as_claimed)
-    numbers = {"estimate": found, "low": low, "high": high, "n": n}
-    return [Verdict(**about, **numbers, verdict=verdict, as_claimed=side)]
-
-
-def estimate(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
-    """Estimate, low, high and number of seeds of a claim that compares cells.
-
-    None where a cell is missing. Raises ValueError for a claim of an unknown kind.
-    """
-    if claim["kind"] == "correlation":
-        return _correlation(claim, cells)
-    samples = [_contrast_by_seed(contrast, claim, cells) for contrast in _contrasts(claim)]
-    if any(sample is None for sample in samples):
-        return None
-    if claim.get("deterministic"):
-        bounds = [(sample.mean(), sample.mean()) for sample in samples]
-    else:
-        bounds = [interval(sample, tests=len(samples)) for sample in samples]
-    weakest = min(range(len(samples)), key=lambda k: samples[k].mean())
-    low, high = np.min(bounds, axis=0)  # NaN where one of the contrasts has no interval
-    return float(samples[weakest].mean()), float(low), float(high), len(samples[weakest])
-
-
-def _contrasts(claim: dict) -> list[dict[str, float]]:
-    """Weighted sums of cells; by the claim, each of them exceeds the margin."""
-    match claim["kind"]:
-        case "gap" | "equal":
-            return [claim["contrast"]]
-        case "ordering":
-            return [{higher: 1, lower: -1} for higher, lower in pairwise(claim["order"])]
-        case "best":
-            sign = 1 if claim.get("sense", "max") == "max" else -1
-            return [{claim["cell"]: sign, rival: -sign} for rival in claim["among"]]
-    raise ValueError(
-        f"Claim {claim['id']} has the unknown kind {claim['kind']!r}. Use value, gap, equal, "
-        f"ordering, best or correlation."
+def _measure(claim: dict, ours: Cells, scale: str) -> Verdict:
+    unit = unit_of(claim["exhibit"], claim["column"]) if "column" in claim else ""
+    printed = estimate(claim, paper_cells(claim["exhibit"]))
+    paper = printed.estimate if printed else math.nan
+    tolerance = claim.get("tolerance", math.nan)
+    empty = replace(_about(claim), unit=unit, paper=paper, tolerance=tolerance)
+    found = estimate(claim, ours)
+    if found is None:
+        return empty
+    shift = paper if claim["kind"] == "gain" else 0.0
+    if math.isnan(shift):
+        return empty
+    power = math.nan
+    if printed and printed.gaps and claim["kind"] != "equal":
+        power = found.gaps.power(printed.gaps.mean, _margin(claim, scale))
+    return replace(
+        empty,
+        verdict="",
+        detail=found.detail,
+        estimate=found.estimate - shift,
+        low=found.low - shift,
+        high=found.high - shift,
+        resolution=found.estimate - found.low,
+        power=power,
+        n=found.n,
+        agree=found.agree,
     )
-
-
-def _contrast_by_seed(contrast: dict[str, float], claim: dict, cells: Cells) -> np.ndarray | None:
-    """The weighted sum for each seed that all cells of the contrast share."""
-    terms = []
-    for cell, weight in contrast.items():
-        row, _, column = str(cell).partition(" @ ")
-        values = cells.get((row, column or claim["column"]))
-        if not values:
-            return None
-        terms.append((weight, values))
-    seeded = [set(values) for _, values in terms if None not in values]
-    seeds = sorted(set.intersection(*seeded)) if seeded else [None]
-    if not seeds:
-        return None
-    return np.array(
-        [sum(w * values.get(seed, values.get(None)) for w, values in terms) for seed in seeds]
-    )
-
-
-def _correlation(claim: dict, cells: Cells) -> tuple[float, float, float, int] | None:
-    """Pearson's r over rows, positive on the claimed side, with Fisher's z-interval."""
-    rows = [row for row, column in cells if column == claim["x"] and (row, claim["y"]) in cells]
-    if len(rows) < 3:
-        return None
-    x, y = (
-        [np.mean(list(cells[row, claim[axis]].values())) for row in rows] for axis in ("x", "y")
-    )
-    if min(np.ptp(x), np.ptp(y)) == 0:  # r is undefined where all values are equal
-        return math.nan, math.nan, math.nan, len(rows)
-    sign = 1 if "at_least" in claim else -1
-    r = sign * float(np.corrcoef(x, y)[0, 1])
-    if len(rows) < 4 or abs(r) >= 1:
-        return r, math.nan, math.nan, len(rows)
-    margin = special.ndtri((1 + CONFIDENCE) / 2) / math.sqrt(len(rows) - 3)
-    return r, math.tanh(math.atanh(r) - margin), math.tanh(math.atanh(r) + margin), len(rows)
 
 
 # --- what a claim says ----------------------------------------------------------------------------
 
 
-def _about(claim: dict) -> dict:
-    return {key: claim[key] for key in ("id", "exhibit", "kind", "statement", "where")}
+def _about(claim: dict, row: str | None = None) -> Verdict:
+    reconstruction = claim.get("reconstruction", False)
+    return Verdict(
+        **{key: claim[key] for key in ("id", "exhibit", "kind", "statement", "where")},
+        headline=claim.get("headline", False),
+        reconstruction=row in reconstruction
+        if isinstance(reconstruction, list)
+        else reconstruction,
+    )
 
 
 def _printed(claim: dict) -> pd.DataFrame:
     """The published numbers in the claim's column."""
     table = published()
     return table[(table.exhibit == claim["exhibit"]) & (table.column == claim.get("column"))]
-
-
-def _is_reconstruction(claim: dict, row: str | None = None) -> bool:
-    """Whether a claim, or one row of a claim on values, depends on a reconstruction."""
-    reconstruction = claim.get("reconstruction", False)
-    return row in reconstruction if isinstance(reconstruction, list) else reconstruction

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from kdbook.claims import estimate, interval, paper_cells
+from kdbook.contrasts import interval
+from kdbook.estimates import estimate
 from kdbook.exhibits import Exhibit
+from kdbook.published import paper_cells
 
 
 def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
@@ -49,7 +51,7 @@ def margin(
 ) -> dict[str, str]:
     """The error of the best rival minus the error of one cell: ``paper`` and ``ours``, as text.
 
-    ``ours`` has a 95 % interval, corrected for the number of rivals as in a claim of kind ``best``.
+    ``ours`` has the one-sided 95 % bounds of a claim of the kind ``best``.
 
     Args:
         rivals: columns of the rivals.
@@ -57,12 +59,14 @@ def margin(
     """
     among = [f"{against or row} @ {rival}" for rival in rivals]
     claim = {"kind": "best", "sense": "min", "column": column, "cell": row, "among": among}
+    claim["exhibit"] = exhibit.name
     found = {
         "paper": estimate(claim, paper_cells(exhibit.name)),
         "ours": estimate(claim, exhibit.cells),
     }
     return {
-        source: _with_interval(*result[:3]) if result else "–" for source, result in found.items()
+        source: _with_interval(e.estimate, e.low, e.high) if e else "–"
+        for source, e in found.items()
     }
 
 

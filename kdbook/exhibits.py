@@ -14,8 +14,10 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 
 from kdbook import figures, provenance, wording
-from kdbook.claims import Verdict, all_claims, as_table, interval, judge, paper_cells, published
+from kdbook.claims import Verdict, as_table, judge
+from kdbook.contrasts import interval, possible
 from kdbook.profiles import Profile
+from kdbook.published import all_claims, paper_cells, published
 from kdlib import files, store
 from kdlib.engine.graph import ancestry
 from kdlib.errors import UnknownName
@@ -45,6 +47,7 @@ class Exhibit:
             raise UnknownName("exhibit", name, known)
         self.name, self.profile = name, profile
         self.cells: dict[tuple[str, str], dict[int | None, float]] = {}
+        self.failed: dict[str, list[str] | None] = {}
         self.used: dict[str, Trained] = {}
         self.started = time.time()
         self._judged: list[Verdict] | None = None  # None: cells were added since the last verdicts
@@ -93,6 +96,16 @@ class Exhibit:
         self.cells[row, column] = {None: float(value)}
         self._judged = None
 
+    def check(self, text: str, passed: bool, rows: Iterable[str] | None = None) -> None:
+        """Add a check of the experiment itself, such as "the teacher is above its student".
+
+        Where it fails, the experiment cannot test the claims on ``rows`` (None: on all rows), and
+        there is no verdict on them.
+        """
+        if not passed:
+            self.failed[text] = None if rows is None else [*rows]
+        self._judged = None
+
     def add_runs(self, *results: Trained) -> None:
         """Add runs and all their teachers to the provenance of this exhibit."""
         self.used |= {trained.run.id: trained for trained in results}
@@ -113,12 +126,14 @@ class Exhibit:
         for row, column in dict.fromkeys([*paper, *self.cells]):
             cell = self.cells.get((row, column), {})
             values = np.array(list(cell.values()))
-            low, high = interval(values)
+            unit, (low, high) = units.get(column, ""), interval(values)
+            if not possible(low, high, unit):
+                low = high = np.nan
             rows.append(
                 {
                     "row": row,
                     "column": column,
-                    "unit": units.get(column, ""),
+                    "unit": unit,
                     "paper": paper.get((row, column), {}).get(None, np.nan),
                     "ours": values.mean() if len(values) else np.nan,
                     "spread": values.std(ddof=1) if len(values) > 1 else np.nan,
@@ -146,21 +161,15 @@ class Exhibit:
         return pd.DataFrame(wide, index=list(dict.fromkeys(long.row))).fillna("–")
 
     def verdicts(self) -> pd.DataFrame:
-        """The claims of this exhibit and our verdicts on them."""
-        verdicts = self._verdicts()
-        columns = {
-            "claim": [wording.claim_text(v) for v in verdicts],
-            "kind": [v.kind for v in verdicts],
-            "ours": [wording.estimate_text(v) for v in verdicts],
-            "paper": [wording.paper_text(v.paper) for v in verdicts],
-            "n": [v.n for v in verdicts],
-            "verdict": [wording.verdict_text(v) for v in verdicts],
-        }
-        return pd.DataFrame(columns).set_index("claim")
+        """The claims of this exhibit and our verdicts on them.
+
+        ``power`` is the probability of a verdict for the claim if the paper's gap were true here.
+        """
+        return wording.verdict_table(self._verdicts())
 
     def _verdicts(self) -> list[Verdict]:
         if self._judged is None:
-            self._judged = judge(self.name, self.cells, self.profile.faithful)
+            self._judged = judge(self.name, self.cells, self.profile.scale, self.failed)
         return self._judged
 
     def figure(self, figure: Figure, data: pd.DataFrame, alt: str, name: str = "figure") -> None:

@@ -61,6 +61,11 @@ class Profile:
         return self.epoch_scale == 1 and not smaller
 
     @property
+    def scale(self) -> str:
+        """``full``, ``reduced`` or ``smoke``: which verdicts its runs allow (``claims.judge``)."""
+        return "smoke" if not self.evidence else "full" if self.faithful else "reduced"
+
+    @property
     def folder(self) -> str:
         """Name of the results folder. Each choice of data set and route has a folder of its own."""
         thinned = [f"keep-route={self.keep_route}"] if self.keep_route > 1 else []

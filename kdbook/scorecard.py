@@ -8,16 +8,15 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from kdbook import figures, wording
-from kdbook.claims import Verdict, all_claims, as_table, judge
+from kdbook import amendments, figures, wording
+from kdbook.claims import Verdict, as_table, judge
 from kdbook.exhibits import NO_EVIDENCE
+from kdbook.forest import VERDICTS, forest
 from kdbook.profiles import Profile
 from kdbook.provenance import current_commit
+from kdbook.published import all_claims
 from kdlib import files
 
 PAPERS = {
@@ -25,22 +24,6 @@ PAPERS = {
     "stc": "Student-Teacher Collaboration",
     "search": "Search for Better Students",
     "kr": "Knowledge Representing (reconstructed)",
-}
-VERDICTS = {
-    "reproduced": figures.GREEN,
-    "supported": figures.GREEN,
-    "direction only": figures.SKY,
-    "inconclusive": figures.ORANGE,
-    "differs": figures.VERMILION,
-    "contradicted": figures.VERMILION,
-    "not run": "#999999",
-}
-SHAPES = {"reproduced": "o", "supported": "o", "differs": "X", "contradicted": "X"}
-# The panels of the forest plot: title, and the range of estimates that is drawn, in tolerances
-# (values) or published gaps (gaps).
-PANELS = {
-    "value": ("values: difference from the paper ÷ tolerance", (-8, 8)),
-    "gap": ("claims: our gap ÷ the paper's gap", (-3, 4)),
 }
 
 
@@ -53,10 +36,12 @@ def gather(profile: Profile) -> pd.DataFrame:
     exhibits = list(dict.fromkeys(claim["exhibit"] for claim in all_claims()))
     for exhibit in exhibits:
         if exhibit not in recorded:
-            tables.append(as_table(judge(exhibit, {}, faithful=False)))
+            tables.append(as_table(judge(exhibit, {}, "reduced")))
     table = pd.concat([t.dropna(axis=1, how="all") for t in tables], ignore_index=True)
     table = table.reindex(columns=[f.name for f in fields(Verdict)])
-    table["reconstruction"] = table.reconstruction.eq(True)
+    for flag in ("reconstruction", "headline"):
+        table[flag] = table[flag].eq(True)
+    table["detail"] = table.detail.fillna("")
     table["paper_key"] = table.exhibit.str.partition("/")[0]
     return table.sort_values("exhibit", key=lambda names: names.map(exhibits.index), kind="stable")
 
@@ -69,73 +54,22 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Each claim with the paper's number, our number and the verdict, as text."""
+    """Each claim with the paper's number, our number and the verdict, as text.
+
+    A verdict on a reconstruction of ours stands in the column ``our reading``.
+    """
     claims = list(table.itertuples())
     columns = {
         "exhibit": table.exhibit.tolist(),
         "claim": [wording.claim_text(c) for c in claims],
         "paper": [wording.paper_text(c.paper) for c in claims],
-        "ours (95 %)": [wording.own_text(c) for c in claims],
+        "ours": [wording.own_text(c) for c in claims],
         "seeds": table.n.tolist(),
-        "verdict": [wording.verdict_text(c) for c in claims],
+        "power": [wording.power_text(c.power) for c in claims],
+        "verdict": ["" if c.reconstruction else wording.verdict_text(c) for c in claims],
+        "our reading": [wording.verdict_text(c) if c.reconstruction else "" for c in claims],
     }
     return pd.DataFrame(columns).set_index("exhibit")
-
-
-# --- forest plot ----------------------------------------------------------------------------------
-
-
-def forest(table: pd.DataFrame) -> Figure:
-    """Estimates with their intervals: values beside the paper's, gaps as shares of the paper's.
-
-    Left, 0 is the paper's number and the grey band is the tolerance. Right, 1 is the paper's gap
-    and 0 is no gap. A triangle at the border is an estimate outside the panel. The plot leaves out
-    claims that were not run, claims of equality and claims without a number in the paper. It also
-    leaves out values with the verdict ``direction only``: their data or schedule is another one.
-    """
-    is_value = table.kind == "value"
-    incomparable = (table.verdict == "not run") | is_value & (table.verdict == "direction only")
-    scale = table.paper.abs().mask(is_value, table.tolerance)
-    drawn = table.assign(scale=scale)[~incomparable & (scale > 0) & (table.kind != "equal")]
-    parts = {
-        "value": drawn[drawn.kind == "value"],
-        "gap": drawn[drawn.kind != "value"],
-    }
-    height = 0.9 + 0.17 * max(map(len, parts.values()))
-    figure = Figure(figsize=(11, min(max(height, 2.5), 60)), layout="constrained")
-    for axes, (kind, part) in zip(figure.subplots(1, 2), parts.items(), strict=True):
-        _draw_panel(axes, kind, part)
-    return figure
-
-
-def _draw_panel(axes: Axes, kind: str, part: pd.DataFrame) -> None:
-    title, (low, high) = PANELS[kind]
-    axes.axvline(0, color="#555555", lw=0.8)
-    if kind == "value":
-        axes.axvspan(-1, 1, color="#000000", alpha=0.07, lw=0)
-    else:
-        axes.axvline(1, color="#555555", lw=0.8, ls=":")
-    for y, claim in enumerate(part.itertuples()):
-        x, color = claim.estimate / claim.scale, VERDICTS[claim.verdict]
-        if np.isfinite(claim.low):
-            bounds = np.clip([claim.low / claim.scale, claim.high / claim.scale], low, high)
-            axes.plot(bounds, [y, y], color=color, lw=1.6, ls="-", marker="")
-        marker = "<" if x < low else ">" if x > high else SHAPES.get(claim.verdict, "D")
-        axes.plot(np.clip(x, low, high), y, marker=marker, color=color, ms=5)
-    if kind == "value" and len(part):
-        high = np.clip(1.3 * (part.estimate / part.scale).abs().max(), 2, high)
-        low = -high
-    axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=title)
-    if part.empty:
-        words = "nothing to draw: no claim here\nhas a printed number to compare"
-        box = {"facecolor": "white", "lw": 0}
-        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", bbox=box)
-    names = [
-        f"{c.exhibit}  {c.id.removeprefix(c.exhibit + '/').removeprefix('value-')}"
-        for c in part.itertuples()
-    ]
-    axes.set_yticks(range(len(part)), names, fontsize=6.5)
-    axes.grid(axis="y", visible=False)
 
 
 # --- page -----------------------------------------------------------------------------------------
@@ -158,6 +92,8 @@ def write_page(profile: Profile) -> Path:
         warning="" if profile.evidence else _WARNING,
         counts=counts(table).to_html(border=0),
         picture=base64.b64encode(buffer.getvalue()).decode(),
+        headlines=_claims_html(table[table.headline]),
+        amendments=amendments.as_table().to_html(index=False, border=0),
         sections="\n".join(
             f"<h2>{html.escape(title)}</h2>{_claims_html(table[table.paper_key == key])}"
             for key, title in PAPERS.items()
@@ -182,10 +118,11 @@ def _claims_html(table: pd.DataFrame) -> str:
     shown.insert(2, "where", table["where"].tolist())
     shown = shown.map(html.escape)
     colors = table.verdict.map(VERDICTS).tolist()
-    shown["verdict"] = [
-        f"<b style='color:{color}'>■</b> {text}"
-        for color, text in zip(colors, shown.verdict, strict=True)
-    ]
+    for column in ("verdict", "our reading"):
+        shown[column] = [
+            f"<b style='color:{color}'>■</b> {text}" if text else ""
+            for color, text in zip(colors, shown[column], strict=True)
+        ]
     with pd.option_context("display.max_colwidth", None):
         return shown.to_html(index=False, border=0, escape=False)
 
@@ -207,14 +144,23 @@ img {{ max-width: 100% }}
 </style></head><body>
 <h1>Scorecard, profile {profile}</h1>
 {warning}
-<p>This page lists every claim of the four papers and our verdict on it. We wrote the claims down
-before the runs, and the verdicts are computed. A value is <i>reproduced</i> where its whole
-95&nbsp;% interval lies within the tolerance. A gap is <i>supported</i> where its whole interval
-lies on the claimed side. <i>Direction only</i> means that the profile, the data set or the method
-is not the paper's.</p>
+<p>This page lists every claim of the four papers and our verdict on it. Each verdict is computed.
+At full scale a claim is <i>supported</i> where its one-sided 95&nbsp;% bound lies beyond the
+margin, and <i>contradicted</i> where the other bound lies before it. On smaller data or shorter
+schedules the sign of the gap is asked: the claim <i>holds here</i>, <i>reverses here</i>, or is
+<i>unresolved here</i>. A value is <i>reproduced</i> where its whole 95&nbsp;% interval lies within
+the tolerance. <i>Power</i> is the probability of a verdict for the claim, if the paper's gap were
+true here. <i>Our reading</i> is the verdict on a method or on data that we had to reconstruct.</p>
+<h2>Headline claims</h2>
+{headlines}
+<h2>All claims</h2>
 {counts}
 <img alt="Forest plot: estimate and interval of each claim beside the paper's; table below."
   src="data:image/png;base64,{picture}">
 {sections}
+<h2>Amendments</h2>
+<p>The claims were written before the first results. This table lists every later change, with the
+verdicts that stood before it.</p>
+<details><summary>All amendments</summary>{amendments}</details>
 </body></html>
 """

@@ -5,6 +5,8 @@ The argument ``verdict`` is a ``Verdict``, or a row of a table of verdicts.
 
 import pandas as pd
 
+from kdbook.contrasts import possible
+
 
 def claim_text(verdict) -> str:
     """The claim's statement; for a value, also the row of the value."""
@@ -14,23 +16,26 @@ def claim_text(verdict) -> str:
 
 
 def verdict_text(verdict) -> str:
-    """The verdict and, where only the direction counts, the side of our estimate."""
-    text = verdict.verdict
-    if text != "direction only":
-        return text
-    if verdict.reconstruction:
-        text = "reconstruction, direction only"
-    if verdict.as_claimed not in (True, False):  # None, or NaN from a file
-        return text
-    if verdict.as_claimed:
-        side = "as claimed"
-    elif verdict.kind == "equal":
-        side = "not equal"
-    elif verdict.estimate == 0:
-        side = "a tie"
-    else:
-        side = "weaker than claimed" if verdict.estimate > 0 else "opposite"
-    return f"{text}: {side}"
+    """The verdict, and what a reader must know beside it."""
+    text, detail = verdict.verdict, verdict.detail if isinstance(verdict.detail, str) else ""
+    if text == "no verdict":
+        return f"{text}: {detail}"
+    notes = []
+    if text == "unresolved here":
+        notes.append(f"{verdict.agree:.0f} of {verdict.n} seeds agree")
+        if not pd.isna(verdict.resolution):
+            notes.append(f"resolution ±{verdict.resolution:.2g}")
+        if not pd.isna(verdict.paper):
+            notes.append(f"the paper's gap is {paper_text(verdict.paper)}")
+    if detail and verdict.kind == "family":
+        notes.append(detail)
+    elif detail and text not in ("supported", "holds here"):
+        notes.append(f"smallest gap: {detail}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def power_text(power: float) -> str:
+    return "" if pd.isna(power) else f"{power:.0%}"
 
 
 def estimate_text(verdict) -> str:
@@ -41,20 +46,26 @@ def estimate_text(verdict) -> str:
     if pd.isna(verdict.estimate):
         return ""
     text = f"{verdict.estimate:+.3g}"
-    if verdict.kind == "value":
+    if verdict.kind in ("value", "gain"):
         text += " from paper"
-    return text if pd.isna(verdict.low) else f"{text} [{verdict.low:+.3g}, {verdict.high:+.3g}]"
+    return f"{text} [{verdict.low:+.3g}, {verdict.high:+.3g}]" if _has_interval(verdict) else text
 
 
 def own_text(verdict) -> str:
     """Our number with its interval: for a claim on a value our value, otherwise the estimate."""
     if pd.isna(verdict.estimate):
         return ""
-    shift = verdict.paper if verdict.kind == "value" else 0.0
+    shift = verdict.paper if verdict.kind in ("value", "gain") else 0.0
+    low, high = verdict.low + shift, verdict.high + shift
     text = f"{verdict.estimate + shift:.4g}"
-    if pd.isna(verdict.low):
-        return text
-    return f"{text} [{verdict.low + shift:.4g}, {verdict.high + shift:.4g}]"
+    return f"{text} [{low:.4g}, {high:.4g}]" if _has_interval(verdict) else text
+
+
+def _has_interval(verdict) -> bool:
+    value = verdict.kind == "value"
+    shift = verdict.paper if value else 0.0
+    unit = verdict.unit if isinstance(verdict.unit, str) else ""
+    return possible(verdict.low + shift, verdict.high + shift, unit, difference=not value)
 
 
 def paper_text(value: float) -> str:
@@ -77,3 +88,19 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [[str(row), *map(str, values)] for row, *values in table.itertuples()]
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict_table(verdicts) -> pd.DataFrame:
+    """One row per verdict. A verdict on a reconstruction stands in a column of its own."""
+    columns = {
+        "claim": [("★ " if v.headline else "") + claim_text(v) for v in verdicts],
+        "kind": [v.kind for v in verdicts],
+        "ours": [estimate_text(v) for v in verdicts],
+        "paper": [paper_text(v.paper) for v in verdicts],
+        "n": [v.n for v in verdicts],
+        "power": [power_text(v.power) for v in verdicts],
+        "verdict": ["" if v.reconstruction else verdict_text(v) for v in verdicts],
+    }
+    if any(v.reconstruction for v in verdicts):
+        columns["our reading"] = [verdict_text(v) if v.reconstruction else "" for v in verdicts]
+    return pd.DataFrame(columns).set_index("claim")

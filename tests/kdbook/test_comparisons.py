@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdbook.claims import interval
+from kdbook.contrasts import interval
 from kdbook.comparisons import gains, row_gains
 from kdbook.exhibits import Exhibit
 from kdbook.profiles import open_profile
