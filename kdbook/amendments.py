@@ -3,7 +3,7 @@
 ``claims.yaml`` was written before any run that counts as evidence. Every later change of a claim's
 rule is an entry of ``amendments.yaml``: the date, the claims, their keys before and after, why, and
 the verdicts that stood before. If all entries are undone, the claims are as first written; their
-hashes are in ``claims-first.csv``. The keys ``statement``, ``where`` and ``records`` decide no
+hashes are in ``claims-first.json``. The keys ``statement``, ``where`` and ``records`` decide no
 verdict, so their words may change.
 
     python -m kdbook.amendments REASONS
@@ -72,7 +72,7 @@ def fingerprints(claims: dict[str, dict]) -> dict[str, str]:
 
 def unlogged() -> list[str]:
     """The claims that changed since they were first written without an entry in the log."""
-    first = pd.read_csv(PUBLISHED / "claims-first.csv", index_col="claim").rule.to_dict()
+    first = json.loads((PUBLISHED / "claims-first.json").read_text())
     now = fingerprints(undone(rules(all_claims()), amendments()))
     return sorted(name for name in first.keys() | now.keys() if first.get(name) != now.get(name))
 

@@ -138,19 +138,22 @@ def _error(
 ) -> tuple[float, float]:
     """The standard error of a contrast's mean, and its degrees of freedom.
 
-    The error comes from the pooled spread. If the contrast itself spreads clearly more than that
-    (an F-test at 5 %), the error comes from the contrast alone.
+    The error comes from the pooled spread. If the contrast itself spreads clearly more than the
+    rest of the table (an F-test at 5 %), the error comes from the contrast alone.
     """
     n = len(seeds)
     if n < 2:
         return math.nan, math.nan
     own, own_df = by_seed.var(ddof=1), n - 1
+    scale = sum(weight**2 for weight in contrast.values())
     if pooled := _pooled(contrast, cells, seeds, comparable):
-        variance, df = pooled
-        variance *= sum(weight**2 for weight in contrast.values())
-        if own <= variance * stats.f.ppf(CONFIDENCE, own_df, df):
-            own, own_df = variance, df
-    return (math.sqrt(own / n), own_df) if own > 0 else (math.nan, own_df)
+        others = {cell: values for cell, values in cells.items() if cell not in contrast}
+        rest = _pooled(contrast, others, seeds, comparable)
+        if rest is None or own <= scale * rest[0] * stats.f.ppf(CONFIDENCE, own_df, rest[1]):
+            own, own_df = scale * pooled[0], pooled[1]
+    rounding = 1e-12 * np.abs(by_seed).max()
+    error = math.sqrt(own / n)
+    return (error if error > rounding else math.nan), own_df
 
 
 def _pooled(
@@ -178,4 +181,4 @@ def _pooled(
             residuals = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
             total += (residuals**2).sum()
             df += (len(values) - 1) * (len(seeds) - 1)
-    return (total / df, df) if df and total > 0 else None
+    return (total / df, df) if df else None

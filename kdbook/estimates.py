@@ -71,7 +71,7 @@ def contrasts_of(claim: dict) -> list[Contrast]:
             return [_difference((claim["cell"], r), claim, sign) for r in claim["among"]]
         case "family":
             return [_difference(pair, claim, sign) for pair in claim["pairs"]]
-        case "correlation":
+        case "correlation" | "value":
             return []
     raise ValueError(
         f"Claim {claim['id']} has the unknown kind {claim['kind']!r}. Use value, gap, gain, equal, "

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kdbook.contrasts import interval
 from kdbook.comparisons import gains, row_gains
+from kdbook.contrasts import interval
 from kdbook.exhibits import Exhibit
 from kdbook.profiles import open_profile
 

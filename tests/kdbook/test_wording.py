@@ -5,33 +5,55 @@ from types import SimpleNamespace
 import pytest
 
 from kdbook.claims import Verdict
-from kdbook.wording import cell_text, claim_text, estimate_text, own_text, verdict_text
+from kdbook.wording import (
+    cell_text,
+    claim_text,
+    estimate_text,
+    own_text,
+    verdict_table,
+    verdict_text,
+)
 
 
 def verdict(kind="gap", estimate=0.7, **others):
     about = {"id": "x/table1/value-top1/a row", "exhibit": "x/table1", "statement": "All values."}
-    others = {"where": "§1", "unit": "%", "verdict": "direction only", **others}
+    others = {"where": "§1", "unit": "%", "verdict": "inconclusive", **others}
     return Verdict(**about, kind=kind, estimate=estimate, **others)
 
 
 @pytest.mark.parametrize(
-    ("kind", "estimate", "as_claimed", "side"),
+    ("about", "text"),
     [
-        ("gap", 0.7, True, ": as claimed"),
-        ("gap", 0.3, False, ": weaker than claimed"),
-        ("best", 0.0, False, ": a tie"),
-        ("best", -0.1, False, ": opposite"),
-        ("equal", 0.4, False, ": not equal"),
-        ("value", 0.4, None, ""),
-        ("value", 0.4, float("nan"), ""),
+        ({"verdict": "supported", "detail": "a − b"}, "supported"),
+        ({"verdict": "contradicted", "detail": "a − b"}, "contradicted (smallest gap: a − b)"),
+        ({"verdict": "no verdict", "detail": "one seed"}, "no verdict: one seed"),
+        (
+            {"verdict": "unresolved here", "agree": 2, "n": 3, "resolution": 0.71, "paper": 0.5},
+            "unresolved here (2 of 3 seeds agree; resolution ±0.71; the paper's gap is 0.5)",
+        ),
+        (
+            {
+                "kind": "family",
+                "verdict": "holds here",
+                "detail": "wins 90%, 4 of 16 pairs",
+            },
+            "holds here (wins 90%, 4 of 16 pairs)",
+        ),
+        ({"verdict": "not run", "detail": float("nan")}, "not run"),
     ],
 )
-def test_a_direction_has_a_side(kind, estimate, as_claimed, side):
-    one = verdict(kind, estimate, as_claimed=as_claimed)
-    assert verdict_text(one) == f"direction only{side}"
-    one = verdict(kind, estimate, as_claimed=as_claimed, reconstruction=True)
-    assert verdict_text(one) == f"reconstruction, direction only{side}"
-    assert verdict_text(verdict(verdict="supported", as_claimed=True)) == "supported"
+def test_a_verdict_says_what_is_needed_beside_it(about, text):
+    assert verdict_text(verdict(**about)) == text
+
+
+def test_a_reconstruction_has_a_column_of_its_own():
+    own = verdict(verdict="supported", reconstruction=True)
+    table = verdict_table([own, verdict(verdict="supported", headline=True, power=0.815)])
+    assert table["our reading"].tolist() == ["supported", ""]
+    assert table.verdict.tolist() == ["", "supported"]
+    assert table.power.tolist() == ["", "82%"]
+    assert table.index.tolist() == ["All values.", "★ All values."]
+    assert "our reading" not in verdict_table([verdict(verdict="supported")])
 
 
 def test_a_value_names_its_row():
@@ -48,6 +70,11 @@ def test_an_estimate_has_its_interval():
     assert own_text(gap) == "0.7 [-0.25, 1.5]"
     assert (estimate_text(verdict()), own_text(verdict())) == ("+0.7", "0.7")
     assert (estimate_text(verdict(estimate=float("nan")))) == ""
+
+
+def test_an_impossible_interval_is_not_shown():
+    assert estimate_text(verdict(low=-175.0, high=143.0)) == "+0.7"
+    assert own_text(verdict("value", low=-1.0, high=2.0, paper=99.0)) == "99.7"
 
 
 @pytest.mark.parametrize(
