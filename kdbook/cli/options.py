@@ -10,8 +10,7 @@ import torch
 from kdbook.cli.notebooks import all_notebooks
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdlib.engine.capture import wants_capture
-from kdlib.engine.device import prepare
-from kdlib.engine.pool import PARALLEL
+from kdlib.engine.device import PARALLEL, prepare
 from kdlib.engine.precision import training_dtype
 from kdlib.errors import KdlibError, UnknownName
 

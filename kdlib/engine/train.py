@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -10,18 +11,15 @@ import torch
 from kdlib import store
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.deadline import Deadline, until
-from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.graph import incomplete, is_complete, next_level
-from kdlib.engine.passes import teacher_passes
-from kdlib.engine.pool import TrainerPool, asked_parallel
+from kdlib.engine.device import asked_parallel, pick_device, prepare
+from kdlib.engine.graph import incomplete, next_level
+from kdlib.engine.pool import TrainerPool
 from kdlib.engine.progress import Progress
 from kdlib.errors import NotFinite, NothingFound, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
 CACHES = CachePool()
-# A cache is kept where it saves at least this share of its teacher's passes.
-WORTH = 0.1
 
 
 class RunChain(Protocol):
@@ -151,35 +149,22 @@ class _Session:
         return run_chain.next_run(after if unchanged else None)
 
     def ensure(self, runs: list[Run], weights: bool) -> None:
-        """Train all of these runs that are incomplete, level by level, teachers first.
+        """Train all of these runs that are incomplete, teachers first.
 
-        The graph is read again after each level, since a teacher that was trained again makes its
-        students incomplete.
+        The graph is read again when runs have ended, since a teacher that was trained again makes
+        its students incomplete.
         """
-        everything = incomplete(runs, weights, {})
-        while level := next_level(runs, weights, self.failures):
-            self._train_level(level, everything)
-
-    def _train_level(self, level: list[Run], everything: list[Run]) -> None:
-        passes = {store.saved_fingerprint(*c): p for c, p in teacher_passes(level).items()}
-        CACHES.expect({teacher for teacher, p in passes.items() if not p.saves(WORTH)})
-        progress = Progress(sum(run.recipe.epochs for run in level))
-        pools = {
-            (run.dataset, run.images): TrainerPool(
-                self.device, self.parallel, CACHES, progress, everything, self.tell
-            )
-            for run in level
-        }
+        if not (everything := incomplete(runs, weights, {})):
+            return
+        progress = Progress(sum(run.recipe.epochs for run in everything))
+        ready = partial(next_level, runs, weights, self.failures)
+        pool = TrainerPool(
+            *(self.device, self.parallel, CACHES, progress),
+            *(ready, everything, self.failures, self.tell),
+        )
         try:
-            while level:
-                for data, pool in pools.items():
-                    if together := [run for run in level if (run.dataset, run.images) == data]:
-                        self.failures.update(pool.train(together))
-                level = [
-                    run
-                    for run in level
-                    if run.id not in self.failures and not is_complete(run, weights=True)
-                ]
+            while pool.train():
+                pass
         finally:
             progress.close()
 
