@@ -5,18 +5,17 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from filelock import Timeout
 
-from kdlib import store
+from kdlib import files, store
 from kdlib.data import Images, load_data
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.capture import out_of_memory
 from kdlib.engine.deadline import check_time
 from kdlib.engine.device import beside_students
-from kdlib.engine.graph import is_complete, refuse_repetition
+from kdlib.engine.graph import is_complete, keeping_all, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
@@ -39,6 +38,7 @@ class TrainerPool:
             place is free, so that no place waits for the slowest teacher.
         everything: all runs that are to be trained; they decide on compiling and on caches.
         failures: gets the error of each run whose loss was not finite, by its id.
+        retry: train also runs that failed in an earlier call.
         then: called with each run that is trained.
     """
 
@@ -51,11 +51,13 @@ class TrainerPool:
         ready: Callable[[], list[Run]],
         everything: Sequence[Run],
         failures: dict[str, NotFinite],
+        retry: bool,
         then: Callable[[Run], None],
     ):
         self.device, self.parallel = device, parallel
         self.caches, self.progress = caches, progress
-        self.ready, self.everything, self.failures, self.then = ready, everything, failures, then
+        self.ready, self.everything, self.then = ready, everything, then
+        self.failures, self.retry = failures, retry
         self.short_lived = {c for c, p in teacher_passes(everything).items() if not p.saves(WORTH)}
         caches.expect(set())
         self.writer = Writer()
@@ -174,24 +176,16 @@ class TrainerPool:
                 continue
             self.locks[run.id] = lock
             # another process may have finished it before the lock was free
-            if not is_complete(run, weights=True):
-                return self._keeping_all(run)
+            if not (self._failed_before(run) or is_complete(run, weights=True)):
+                return keeping_all(run)
             self._release(run)
         return None
 
-    def _keeping_all(self, run: Run) -> Run:
-        """The run, asked to keep also what its record in the store keeps, since others use it."""
-        if not (found := store.find_record(run)):
-            return run
-        warnings.warn(
-            f"{run} is trained again: the weights of its teacher changed, or weights or logits "
-            f"are needed that are not in the store.",
-            stacklevel=2,
-        )
-        if not found.in_store:
-            return run
-        keep = (*run.keep, *map(int, found.summary["weights"]))
-        return replace(run, keep=keep, save_logits=run.save_logits or "logits" in found.summary)
+    def _failed_before(self, run: Run) -> bool:
+        path = store.failure_path(run)
+        if failed := not self.retry and path.exists():
+            self.failures[run.id] = NotFinite(path.read_text())
+        return failed
 
     def _release(self, run: Run) -> None:
         self.locks.pop(run.id).close()
@@ -251,6 +245,7 @@ class TrainerPool:
         except NotFinite as error:
             # without its frames, which would keep the trainer alive
             self.failures[trainer.run.id] = error.with_traceback(None)
+            files.write_atomic(store.failure_path(trainer.run), str(error))
             self._leave(trainer, self.active)
             return
         images = trainer.steps * trainer.run.recipe.batch

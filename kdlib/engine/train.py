@@ -15,7 +15,7 @@ from kdlib.engine.device import asked_parallel, pick_device, prepare
 from kdlib.engine.graph import incomplete, next_level
 from kdlib.engine.pool import TrainerPool
 from kdlib.engine.progress import Progress
-from kdlib.errors import NotFinite, NothingFound, StoreError
+from kdlib.errors import NotFinite, NothingFound, OutOfTime, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -47,6 +47,7 @@ def train(
     partial: bool = False,
     deadline: Deadline | None = None,
     then: Callable[[Trained], object] | None = None,
+    retry: bool = True,
 ) -> list[Trained | None] | dict[Any, list[Trained | None]]:
     """Train the runs that neither the store nor the committed records have; one result per run.
 
@@ -66,6 +67,8 @@ def train(
         then: called with each result, as soon as its run is trained; for measurements that need
             weights. It is called once for a run that was trained before, too.
         deadline: stop then, in time, with all that was trained saved; the same call continues.
+        retry: train also runs whose loss was not finite in an earlier call. False counts them as
+            failed.
 
     Raises:
         OutOfTime: at the deadline, if runs are left. It is raised with ``partial`` too.
@@ -77,15 +80,19 @@ def train(
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
         members = chain(*rows.values())
-        results = iter(train(members, device, parallel, weights, partial, deadline, then))
+        results = iter(train(members, device, parallel, weights, partial, deadline, then, retry))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     device = pick_device(device)
-    items, session = [*runs], _Session(device, asked_parallel(parallel, device), then)
+    items, session = [*runs], _Session(device, asked_parallel(parallel, device), then, retry)
     session.results = {item.id for item in items if isinstance(item, Run)}
     prepare(device)
-    with until(deadline):
-        runs, unfound = session.follow(items, weights)
-        session.ensure(runs, weights)
+    try:
+        with until(deadline):
+            runs, unfound = session.follow(items, weights)
+            session.ensure(runs, weights)
+    except OutOfTime:
+        session.report({}, partial=True)
+        raise
     failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
     session.results |= {run.id for k, run in enumerate(runs) if k not in failed}
     for run in runs:
@@ -103,8 +110,8 @@ class _Session:
         results: the ids of the runs that ``then`` is called with.
     """
 
-    def __init__(self, device: torch.device, parallel: int, then: Callable | None):
-        self.device, self.parallel, self.then = device, parallel, then
+    def __init__(self, device: torch.device, parallel: int, then: Callable | None, retry: bool):
+        self.device, self.parallel, self.then, self.retry = device, parallel, then, retry
         self.failures: dict[str, NotFinite] = {}
         self.results: set[str] = set()
         self._told: set[str] = set()
@@ -160,7 +167,7 @@ class _Session:
         ready = partial(next_level, runs, weights, self.failures)
         pool = TrainerPool(
             *(self.device, self.parallel, CACHES, progress),
-            *(ready, everything, self.failures, self.tell),
+            *(ready, everything, self.failures, self.retry, self.tell),
         )
         try:
             while pool.train():
