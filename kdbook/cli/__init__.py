@@ -1,6 +1,9 @@
 """The command line: `python -m kdbook.cli.<program>`; run_all.sh and the Snakefile call it."""
 
 import sys
+import time
+
+STARTED = time.monotonic()  # imports take seconds, too
 
 
 def _hook(kind, error, traceback) -> None:

@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from matplotlib import pyplot as plt
 
+from kdbook.cli import STARTED
 from kdbook.cli.cells import run_cells
 from kdbook.cli.declared import Declared, declared
 from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
@@ -37,7 +38,8 @@ RENDERING, LEAST, MOST = 0.15, 10, 120
 
 def run_slice(arguments: argparse.Namespace) -> int:
     """Train for ``arguments.minutes`` at most, and render; the exit status of the program."""
-    deadline, profile = Deadline(60 * arguments.minutes), arguments.profile
+    deadline = Deadline(60 * arguments.minutes - (time.monotonic() - STARTED))
+    profile = arguments.profile
     parameters = {"profile_name": profile.name, "data": arguments.data or None}
     jobs, threads = jobs_and_threads(arguments.jobs)
     torch.set_num_threads(threads)  # as in the processes that train: the same bits
