@@ -94,8 +94,9 @@ def train(
         session.report({}, partial=True)
         raise
     failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
-    session.results |= {run.id for k, run in enumerate(runs) if k not in failed}
-    for run in runs:
+    good = [run for k, run in enumerate(runs) if k not in failed]
+    session.results |= {run.id for run in good}
+    for run in good:
         session.tell(run)
     session.report(unfound, partial)
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]

@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from kdbook.cli import options, slice
+from kdbook.cli.declared import Declared
 from kdbook.cli.notebooks import ROOT
+from kdbook.cli.train_all import train_all
 from kdbook.remaining import follow
 from kdlib import KD, store, train
 
@@ -148,6 +150,37 @@ def test_ctrl_c_in_the_first_seconds_ends_with_a_sentence(machine, seconds):
         "Interrupted. Finished work is kept. The same command continues."
     )
     assert "Traceback" not in text
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_declared(monkeypatch):
+    """Train what a notebook declares, as a slice does."""
+
+    def call(*declared):
+        monkeypatch.setattr("kdbook.cli.declared.declared", lambda notebook: Declared(*declared))
+        train_all([None], None)
+
+    return call
+
+
+def test_a_run_that_failed_is_not_tried_again(tiny, train_declared, epochs_trained):
+    bad = tiny(lr=1e30)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=bad.id):
+            train_declared([bad])
+    assert epochs_trained == [(bad.id, 1)]
+
+
+def test_weights_that_a_notebook_asks_for_are_made_again(tiny, train_declared, only_records):
+    run = tiny()
+    only_records(*train([run]))
+    train_declared([run])
+    assert not store.find_record(run).in_store
+    train_declared([run], None, True)
+    assert store.find_record(run).in_store
 
 
 # --- what is left ---------------------------------------------------------------------------------

@@ -209,3 +209,10 @@ def test_then_is_called_with_each_result_as_soon_as_it_is_trained(tiny):
     assert told == [(runs[0].id, [True, False]), (runs[1].id, [True, True])]
     train(runs, then=note)
     assert [name for name, _ in told[2:]] == [run.id for run in runs]
+
+
+def test_then_is_not_called_with_a_run_that_failed(tiny):
+    told, bad, good = [], tiny(lr=1e30), tiny(seed=1)
+    with pytest.warns(UserWarning, match=bad.id):
+        train([bad, good], partial=True, then=lambda trained: told.append(trained.run))
+    assert told == [good]
