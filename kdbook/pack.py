@@ -17,13 +17,23 @@ from pathlib import Path
 from filelock import Timeout
 
 from kdbook.cli.declared import declared_runs
-from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
-from kdbook.packed import FORMAT, INDEX, PART, check_content, count, entry_of, named_files
+from kdbook.cli.notebooks import Notebook
+from kdbook.cli.options import chosen, replacement
+from kdbook.packed import (
+    FORMAT,
+    INDEX,
+    PART,
+    check_content,
+    count,
+    entry_of,
+    named_files,
+    summary_of,
+)
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdbook.remaining import Known, follow, is_rendered, read_about
 from kdlib import files, store
 from kdlib.engine.train import RunChain
-from kdlib.errors import KdlibError, StoreError, UnknownName
+from kdlib.errors import KdlibError, StoreError
 from kdlib.models.architecture import MARK, file_of
 from kdlib.runs import Run
 
@@ -205,17 +215,25 @@ def pack(
     measured: Iterable[str],
     size: int,
 ) -> str:
-    """Pack these exhibits, as ``collect`` and ``write`` do, and say in a line what was packed."""
+    """Pack these exhibits, as ``collect`` and ``write`` do, and say in a line what was packed.
+
+    Raises StoreError as ``write``, and where there is nothing to pack.
+    """
     with ExitStack() as locks:
         contents = collect(profile, declared, measured, locks)
+        if not (contents.paths or contents.busy or contents.damaged):
+            raise StoreError(
+                f"There is nothing to pack: {files.home()} has no run of these exhibits, and "
+                f"{files.results() / profile.folder} has no results. Are profile, exhibits, data "
+                f"and KDLIB_HOME those of the training?"
+            )
         index = write(out, profile.folder, contents, size)
-    parts, packed = index["parts"], sum(part["size"] for part in index["parts"])
     left_out = sum(path.stat().st_size for path in contents.left_out)
     line = (
         f"Packed {count(contents.runs, 'run')}, {contents.unfinished:,} unfinished, into {out}: "
-        f"{count(len(index['files']), 'file')}, {packed / 1e6:,.1f} MB in "
-        f"{count(len(parts), 'part')}. Left out: {count(len(contents.left_out), 'file')} of "
-        f"weights that nothing asks for now, {left_out / 1e6:,.1f} MB"
+        f"{summary_of(index['files'])} in {count(len(index['parts']), 'part')}. "
+        f"Left out: {count(len(contents.left_out), 'file')} of weights that nothing asks "
+        f"for now, {left_out / 1e6:,.1f} MB"
     )
     if contents.damaged:
         line += f"; damaged files: {len(contents.damaged):,} (such as {contents.damaged[0]})"
@@ -247,8 +265,10 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="folder of the pack")
     parser.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
-    parser.add_argument("--only", default="", help="exhibits, separated by commas (default: all)")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME=DATA")
+    parser.add_argument("--only", help="exhibits, separated by commas (default: all)")
+    parser.add_argument(
+        "--data", action="append", type=replacement, default=[], metavar="NAME=DATA"
+    )
     parser.add_argument(
         "--parts",
         type=size_of,
@@ -257,15 +277,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        data = {name: own for name, _, own in (pair.partition("=") for pair in arguments.data)}
+        data, notebooks = dict(arguments.data), chosen(arguments.only)
         profile = open_profile(arguments.profile, data=data)
-        notebooks = {n.exhibit: n for n in all_notebooks() if n.exhibit != SCORECARD}
-        only = [name for name in arguments.only.split(",") if name] or [*notebooks]
-        if unknown := [name for name in only if name not in notebooks]:
-            raise UnknownName("exhibit", unknown[0], notebooks)
         parameters = {"profile_name": arguments.profile, "data": data or None}
-        declared = {name: declared_runs(notebooks[name], **parameters) for name in only}
-        measured = [name for name in only if reads_weights(notebooks[name])]
+        declared = {n.exhibit: declared_runs(n, **parameters) for n in notebooks}
+        measured = [n.exhibit for n in notebooks if reads_weights(n)]
         print(pack(arguments.folder, profile, declared, measured, arguments.parts))
     except (KdlibError, ValueError) as error:
         print(error, file=sys.stderr)

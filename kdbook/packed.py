@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +33,19 @@ STORED = re.compile(
 def count(number: int, noun: str) -> str:
     """A number and its noun, for a message."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def summary_of(entries: Iterable[Mapping]) -> str:
+    """What these entries of an index are: numbers of records, weights, states and other files."""
+    entries = [*entries]
+    kinds = [(owner(entry["name"]) or ("", ""))[1].partition("-")[0] for entry in entries]
+    records, weights, states = map(kinds.count, ("record.jsonl", "epoch", "state.safetensors"))
+    others = len(entries) - records - weights - states
+    size = sum(entry["size"] for entry in entries)
+    return (
+        f"{count(records, 'record')}, {count(weights, 'file')} of weights, "
+        f"{count(states, 'state')}, {count(others, 'other file')}, {size / 1e6:,.1f} MB"
+    )
 
 
 def sha256(data: bytes) -> str:

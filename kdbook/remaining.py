@@ -45,8 +45,12 @@ def unfinished(items: Iterable[Run | RunChain], known: Known | None = None) -> l
     return follow(items, known).unfinished
 
 
-def follow(items: Iterable[Run | RunChain], known: Known | None = None) -> Followed:
+def follow(
+    items: Iterable[Run | RunChain], known: Known | None = None, weights: bool = False
+) -> Followed:
     """Follow every chain as far as the store and the records allow.
+
+    Runs of which only a record exists are incomplete if ``weights`` are needed.
 
     A chain may measure a trained run to choose the next one; the measurement is kept. A chain that
     lacks weights waits for the runs that it needs. A chain that found nothing is over.
@@ -72,7 +76,7 @@ def follow(items: Iterable[Run | RunChain], known: Known | None = None) -> Follo
         possible += estimated
         if waits:
             awaited += [*waits, *(parent for run in estimated for parent, _ in run.parents)]
-    missing = {run.id: run for run in incomplete(last, False, known)}
+    missing = {run.id: run for run in incomplete(last, weights, known)}
     if retrained:  # reading a damaged file has renamed it: older answers may be wrong
         missing |= {run.id: run for run in incomplete(retrained, True, {})}
     everything = ancestry([*passed, *needed])

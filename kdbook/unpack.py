@@ -25,6 +25,7 @@ from kdbook.packed import (
     owner,
     record_summary,
     sha256,
+    summary_of,
 )
 from kdlib import files, store
 from kdlib.errors import KdlibError
@@ -44,13 +45,15 @@ class Merge:
     """Writes the files of a pack that are not here.
 
     Attributes:
-        written, there: numbers of files.
+        written: names of files.
+        there: number of files.
         skipped: names of files by the reason why they were not written.
     """
 
     def __init__(self, pack: Pack):
         self.pack = pack
-        self.written = self.there = 0
+        self.written: list[str] = []
+        self.there = 0
         self.skipped: dict[str, list[str]] = defaultdict(list)
 
     def everything(self) -> None:
@@ -79,7 +82,7 @@ class Merge:
             self.there += 1
         else:
             files.write_atomic(self.pack.targets[name], self.pack.read(name))
-            self.written += 1
+            self.written.append(name)
 
     def _skip(self, names: Iterable[str], reason: str) -> None:
         self.skipped[reason] += names
@@ -193,7 +196,8 @@ class Merge:
 
     def summary(self) -> str:
         """One line: what was merged, what was there, what was skipped and why."""
-        line = f"Merged {count(self.written, 'file')}; {self.there:,} already there"
+        merged = summary_of(self.pack.files[name] for name in self.written)
+        line = f"Merged {merged}; {count(self.there, 'file')} already there"
         for reason, names in self.skipped.items():
             line += f"; skipped {len(names)}: {reason} ({names[0]}{', …' * (len(names) > 1)})"
         return f"{line}."

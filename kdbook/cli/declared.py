@@ -13,10 +13,14 @@ from kdlib.store import Trained
 
 
 class Declared(NamedTuple):
-    """What a notebook passes to ``train``: the runs, and what it does with each result."""
+    """What a notebook passes to ``train``: the runs, and what it does with each result.
+
+    ``weights`` as for ``train``: runs of which only a record exists are trained again.
+    """
 
     runs: list[Run | RunChain]
-    then: Callable[[Trained], object] | None
+    then: Callable[[Trained], object] | None = None
+    weights: bool = False
 
 
 class TrainCalled(Exception):
@@ -36,12 +40,12 @@ def declared(notebook: Notebook, **parameters) -> Declared:
     Raises ValueError if no executed cell calls ``train``.
     """
 
-    def stop(runs, *, then=None, **options):
+    def stop(runs, *, then=None, weights=False, **options):
         rows = runs.values() if isinstance(runs, Mapping) else [runs]
-        raise TrainCalled(Declared([run for row in rows for run in row], then))
+        raise TrainCalled(Declared([run for row in rows for run in row], then, weights))
 
     if not notebook.trains:
-        return Declared([], None)
+        return Declared([])
     train, kdlib.train = kdlib.train, stop
     try:
         # A cell may show images of a data set that is not downloaded yet: skip its error.

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from kdbook.cli.notebooks import all_notebooks
+from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdlib.engine.capture import wants_capture
-from kdlib.engine.device import prepare
-from kdlib.engine.pool import PARALLEL
-from kdlib.engine.precision import training_dtype
+from kdlib.engine.device import PARALLEL, prepare
+from kdlib.engine.precision import asked_precision
 from kdlib.errors import KdlibError, UnknownName
 
 DESCRIPTION = """\
@@ -46,8 +45,8 @@ environment variables:
                         the same as --parallel and --keep-route
   KDLIB_COMPILE         compile the students on a GPU: never, always, or auto (default: runs of
                         50,000 steps or more)
-  KDLIB_PRECISION       precision of training and labels: float32 or bfloat16 (default: half
-                        precision on a GPU, and on a CPU where it is faster)
+  KDLIB_PRECISION       precision of training and labels: float32, bfloat16, or on a GPU float16
+                        (default: half precision on a GPU, and on a CPU where it is faster)
   KDLIB_CAPTURE         never: no CUDA graphs, which is slower
   KDLIB_DETERMINISTIC   1: use the same GPU kernels in every run; two equal runs on one machine then
                         agree in every bit, but training is slower
@@ -72,11 +71,41 @@ def minutes(text: str) -> float:
     return number
 
 
-def check_environment() -> None:
-    """Raise ValueError for a wrong value of a variable, before any process starts."""
-    cpu = torch.device("cpu")
-    prepare(cpu)
-    training_dtype(cpu)
+def replacement(text: str) -> tuple[str, str]:
+    """Split NAME=DATA, with the path of a folder made absolute, since notebooks run elsewhere."""
+    name, _, data = text.partition("=")
+    if not (name and data):
+        raise argparse.ArgumentTypeError(f"write NAME=DATA, such as cifar100=folder:PATH: {text!r}")
+    if data.startswith("folder:"):
+        data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
+    return name, data
+
+
+def chosen(only: str | None) -> list[Notebook]:
+    """The notebooks of these exhibits, separated by commas; all but the scorecard for None.
+
+    Raises UnknownName for an unknown exhibit, ValueError where ``only`` names none.
+    """
+    notebooks = {n.exhibit: n for n in all_notebooks()}
+    if only is None:
+        return [n for n in notebooks.values() if n.exhibit != SCORECARD]
+    names = [*filter(None, only.split(","))]
+    if not names:
+        raise ValueError("--only names no exhibit. Without --only all exhibits are taken.")
+    for name in names:
+        if name not in notebooks:
+            raise UnknownName("exhibit", name, notebooks)
+    return [notebooks[name] for name in dict.fromkeys(names)]
+
+
+def check_environment(gpu: bool) -> None:
+    """Raise ValueError for a wrong value of a variable, before any process starts.
+
+    Args:
+        gpu: whether the training has a GPU.
+    """
+    prepare(torch.device("cpu"))
+    asked_precision(gpu)
     wants_capture()
 
 
@@ -84,13 +113,13 @@ def parse() -> argparse.Namespace:
     """Parse and check the command line; ``profile`` of the result is the opened profile."""
     parser = _parser()
     arguments = parser.parse_args()
-    arguments.data = dict(_pair(parser, text) for text in arguments.data)
+    arguments.data = dict(arguments.data)
     for option in ("parallel", "keep_route"):  # the notebooks read these variables
         if number := getattr(arguments, option):
             os.environ[f"KDLIB_{option.upper()}"] = str(number)
     try:
         positive(os.environ.get("KDLIB_PARALLEL") or "1")
-        check_environment()
+        check_environment(arguments.executor == "slurm" or torch.cuda.is_available())
         arguments.profile = _checked(arguments)
     except argparse.ArgumentTypeError as error:
         parser.error(f"KDLIB_PARALLEL: {error}")
@@ -113,12 +142,12 @@ def _parser() -> argparse.ArgumentParser:
             "help": "smoke (default), course or paper; see below",
         },
         "--only": {
-            "metavar": "EXHIBITS", "default": "",
+            "metavar": "EXHIBITS",
             "help": "run these exhibits, separated by commas, and the scorecard if one of them "
             "changes",
         },
         "--data": {
-            "action": "append", "default": [], "metavar": "NAME=DATA",
+            "action": "append", "type": replacement, "default": [], "metavar": "NAME=DATA",
             "help": "use the data set DATA in place of the paper's data set NAME; repeat the "
             "option for several data sets",
         },
@@ -166,16 +195,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
-    """Split NAME=DATA, with the path of a folder made absolute."""
-    name, separator, data = text.partition("=")
-    if not (separator and data):
-        parser.error(f"--data {text}: write NAME=DATA, such as cifar100=folder:PATH")
-    if data.startswith("folder:"):
-        data = f"folder:{Path(data.removeprefix('folder:')).expanduser().resolve()}"
-    return name, data
-
-
 def _checked(arguments: argparse.Namespace) -> Profile:
     """The opened profile. Wrong names and unreadable folders raise before anything starts."""
     if arguments.minutes and (arguments.executor == "slurm" or arguments.by_seed):
@@ -187,8 +206,5 @@ def _checked(arguments: argparse.Namespace) -> Profile:
             "--executor slurm needs a plugin of Snakemake. Install it with "
             "pip install -c constraints.txt -e '.[slurm]'"
         )
-    known = [n.exhibit for n in all_notebooks()]
-    for exhibit in filter(None, arguments.only.split(",")):
-        if exhibit not in known:
-            raise UnknownName("exhibit", exhibit, known)
+    chosen(arguments.only)
     return open_profile(arguments.profile_name, data=arguments.data)

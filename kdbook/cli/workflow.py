@@ -12,15 +12,16 @@ from pathlib import Path
 from kdbook.cli.notebooks import ROOT
 
 
-def gpus() -> list[str]:
-    """Names of the visible GPUs for ``CUDA_VISIBLE_DEVICES``."""
-    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in shown.split(",") if name]
+def gpus() -> dict[str, str]:
+    """The visible GPUs: their models, by their names for ``CUDA_VISIBLE_DEVICES``."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+        found = dict(re.findall(r"^GPU (\d+): (.*?)(?: \(|$)", done.stdout, re.MULTILINE))
     except (OSError, subprocess.CalledProcessError):
-        return []
-    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
+        found = {}
+    if (shown := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return {name: found.get(name, f"GPU {name}") for name in shown.split(",") if name}
+    return found
 
 
 def jobs_and_threads(asked: int | None) -> tuple[int, int]:

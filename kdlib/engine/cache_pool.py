@@ -1,7 +1,7 @@
 """CachePool: the logit caches of a process, within half of the memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -76,9 +76,13 @@ class CachePool:
         self.caches = {k: c for k, c in self.caches.items() if k[0] not in self.short_lived}
         self.short_lived = short_lived
 
-    def serve(self, students: int, teachers: set[str]) -> None:
-        """Set the number of students in training, and the teachers whose logits they need."""
+    def serve(self, students: int, teachers: set[str], short_lived: Iterable[str] = ()) -> None:
+        """Set the number of students in training, and the teachers whose logits they need.
+
+        ``short_lived`` are more short-lived teachers.
+        """
         self.wanted, self.loaded = teachers, max(self.LOADED, 4 * students)
+        self.short_lived.update(short_lived)
 
     @contextmanager
     def beside(self, device: torch.device) -> Iterator[torch.cuda.Event]:

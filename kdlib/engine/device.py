@@ -1,4 +1,4 @@
-"""The device of a training, and whether its networks are compiled."""
+"""The device of a training: its settings, students in parallel, and compiling."""
 
 import contextlib
 import ctypes
@@ -14,6 +14,8 @@ import torch
 # the variable when it starts, so it is set before anything asks for a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
+# Students in parallel. One keeps a CPU busy; a step of one small network leaves most of a GPU idle.
+PARALLEL = {"cpu": 1, "cuda": 16}
 # The lowest compute capability that torch's compiler supports.
 COMPILES = (8, 0)
 # Steps of one network, over all its runs, from which compiling pays: a layer takes about half a
@@ -29,6 +31,22 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def asked_parallel(parallel: int | None, device: torch.device) -> int:
+    """Students in parallel: by the argument, else by ``$KDLIB_PARALLEL``, else by the device.
+
+    Raises ValueError for less than one.
+    """
+    asked = parallel if parallel is not None else os.environ.get("KDLIB_PARALLEL")
+    if asked in (None, ""):
+        return PARALLEL[device.type]
+    if not (str(asked).isdecimal() and int(asked)):
+        raise ValueError(
+            f"{asked} students in parallel: give a whole number of at least 1 "
+            f"(argument parallel, or KDLIB_PARALLEL)."
+        )
+    return int(asked)
 
 
 def prepare(device: torch.device) -> None:

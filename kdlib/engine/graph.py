@@ -164,6 +164,21 @@ def _is_kept(run: Run, trained: store.Trained) -> bool:
     return not run.save_logits or store.holds_logits(trained)
 
 
+def keeping_all(run: Run) -> Run:
+    """A run to train again, asked to keep also what its record in the store keeps."""
+    if not (found := store.find_record(run)):
+        return run
+    warnings.warn(
+        f"{run} is trained again: the weights of its teacher changed, or weights or logits "
+        f"are needed that are not in the store.",
+        stacklevel=2,
+    )
+    if not found.in_store:
+        return run
+    keep = (*run.keep, *map(int, found.summary["weights"]))
+    return replace(run, keep=keep, save_logits=run.save_logits or "logits" in found.summary)
+
+
 def refuse_repetition(run: Run) -> None:
     """Raise StoreError if a run that was just trained is incomplete: training would not end."""
     parents = by_run(run.parents).items()

@@ -1,23 +1,21 @@
 """TrainerPool: students that train in parallel, as many as a device has memory and time for."""
 
-import os
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from filelock import Timeout
 
-from kdlib import store
-from kdlib.data import load_data
+from kdlib import files, store
+from kdlib.data import Images, load_data
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.capture import out_of_memory
 from kdlib.engine.deadline import check_time
 from kdlib.engine.device import beside_students
-from kdlib.engine.graph import is_complete, refuse_repetition
+from kdlib.engine.graph import is_complete, keeping_all, refuse_repetition
 from kdlib.engine.passes import teacher_passes
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
@@ -25,34 +23,22 @@ from kdlib.engine.writer import Writer
 from kdlib.errors import NotFinite, OutOfTime
 from kdlib.runs import Run
 
-# Students in parallel. One keeps a CPU busy; a step of one small network leaves most of a GPU idle.
-PARALLEL = {"cpu": 1, "cuda": 16}
 # Steps of an epoch after which a teacher computes the logits of the next: not all at once.
 LOOK_AHEAD = 50
-
-
-def asked_parallel(parallel: int | None, device: torch.device) -> int:
-    """Students in parallel: by the argument, else by ``$KDLIB_PARALLEL``, else by the device.
-
-    Raises ValueError for less than one.
-    """
-    asked = parallel if parallel is not None else os.environ.get("KDLIB_PARALLEL")
-    if asked in (None, ""):
-        return PARALLEL[device.type]
-    if not (str(asked).isdecimal() and int(asked)):
-        raise ValueError(
-            f"{asked} students in parallel: give a whole number of at least 1 "
-            f"(argument parallel, or KDLIB_PARALLEL)."
-        )
-    return int(asked)
+# A cache is kept where it saves at least this share of its teacher's passes.
+WORTH = 0.1
 
 
 class TrainerPool:
-    """Trains runs of one data set. The steps of the trainers take turns.
+    """Trains runs, teachers before their students. The steps of the trainers take turns.
 
     Args:
         parallel: the largest number of students that train at a time; it falls if memory runs out.
-        everything: all runs that are to be trained, also by other pools; they decide on compiling.
+        ready: lists the incomplete runs whose teachers are complete. It is asked again whenever a
+            place is free, so that no place waits for the slowest teacher.
+        everything: all runs that are to be trained; they decide on compiling and on caches.
+        failures: gets the error of each run whose loss was not finite, by its id.
+        retry: train also runs that failed in an earlier call.
         then: called with each run that is trained.
     """
 
@@ -62,45 +48,52 @@ class TrainerPool:
         parallel: int,
         caches: CachePool,
         progress: Progress,
-        everything: Sequence[Run] = (),
-        then: Callable[[Run], None] = lambda run: None,
+        ready: Callable[[], list[Run]],
+        everything: Sequence[Run],
+        failures: dict[str, NotFinite],
+        retry: bool,
+        then: Callable[[Run], None],
     ):
         self.device, self.parallel = device, parallel
         self.caches, self.progress = caches, progress
-        self.everything, self.then = everything, then
+        self.ready, self.everything, self.then = ready, everything, then
+        self.failures, self.retry = failures, retry
+        self.short_lived = {c for c, p in teacher_passes(everything).items() if not p.saves(WORTH)}
+        caches.expect(set())
         self.writer = Writer()
         self.waiting: deque[Run] = deque()
+        self.ended = False  # a run has, since ``ready`` was asked
         # Before the first step of an epoch; on a GPU a teacher computes their logits meanwhile.
         self.opening: list[Trainer] = []
         self.active: list[Trainer] = []
         self.free_streams: list[torch.cuda.Stream] = []
         self.locks: dict[str, ExitStack] = {}
-        self.failures: dict[str, NotFinite] = {}
 
-    def train(self, runs: list[Run]) -> dict[str, NotFinite]:
-        """Train the runs that no other process is training; wait a little if others train all.
+    def train(self) -> bool:
+        """Train the runs that no other process is training; whether any run was ready.
 
-        Nothing waits while it holds a lock, so that processes cannot block each other. Out of
-        memory, fewer students continue. If a step was lost, the runs continue later from their
-        last saved epoch. Returns by id the error of each run whose loss was not finite.
+        Waits a little if others train all; it holds no lock then, so that processes cannot block
+        each other. Out of memory, fewer students continue. If a step was lost, the next call
+        continues from the last saved epochs.
 
         Raises OutOfTime at the deadline, after it has saved the state of every run.
         """
-        self.waiting.extend(runs)
+        if not self._ask():
+            return False
+        check_time()
         idle, too_many = True, 0
         try:
             with beside_students(self.device):
                 while self._fill():
                     idle = False
                     self._turn()
-            check_time()
         except OutOfTime:
-            for trainer in (*self.active, *self.opening):
+            for trainer in self._students:
                 if trainer.epoch or trainer.taken:
                     trainer.save()
             raise
         except RuntimeError as error:
-            too_many = self._students
+            too_many = len(self._students)
             if too_many < 2 or not out_of_memory(error):
                 raise
         finally:
@@ -109,18 +102,28 @@ class TrainerPool:
             self.caches.clear()
             self._shrink(too_many, too_many // 2)
         if idle:
-            time.sleep(0.2)
-        return self.failures
+            time.sleep(0.5)
+        return True
 
     # --- opening ----------------------------------------------------------------------------------
+
+    def _ask(self) -> bool:
+        """Let all runs wait that are ready now, those of one data set together; whether any is."""
+        self.ended, found = False, self.ready()  # runs in training, too: their locks are held
+        order = [*dict.fromkeys(map(_data_of, found))]
+        self.waiting.extend(sorted(found, key=lambda run: order.index(_data_of(run))))
+        return bool(found)
 
     def _fill(self) -> bool:
         """Open a waiting run where there is room; whether any run is in training.
 
         One at a time, since to open and capture a run takes the host about a second.
         """
-        if self._students < self.parallel and (run := self._claim()):
-            self._if_memory_lasts(run, self._open, run)
+        if len(self._students) < self.parallel:
+            if self.ended and not self.waiting:
+                self._ask()
+            if run := self._claim():
+                self._if_memory_lasts(run, self._open, run)
         self._begin_opened()
         return bool(self._students)
 
@@ -132,8 +135,8 @@ class TrainerPool:
                 trainer.advance_block()  # at once: the host may be busy for long
 
     @property
-    def _students(self) -> int:
-        return len(self.active) + len(self.opening)
+    def _students(self) -> list[Trainer]:
+        return [*self.active, *self.opening]
 
     def _if_memory_lasts(self, run: Run, work: Callable, argument: Run | Trainer) -> bool:
         """Do work for a new run; without memory for it the run waits, and the others go on."""
@@ -141,7 +144,7 @@ class TrainerPool:
             work(argument)
             return True
         except RuntimeError as error:
-            others = [t for t in (*self.active, *self.opening) if t is not argument]
+            others = any(trainer is not argument for trainer in self._students)
             if not (others and out_of_memory(error)):
                 raise
             self._wait()  # the first steps may still run
@@ -151,7 +154,7 @@ class TrainerPool:
         else:
             self._release(run)
         self.waiting.appendleft(run)
-        self._shrink(self._students + 1, self._students)
+        self._shrink(len(self._students) + 1, len(self._students))
         return False
 
     def _shrink(self, students: int, fewer: int) -> None:
@@ -173,48 +176,46 @@ class TrainerPool:
                 continue
             self.locks[run.id] = lock
             # another process may have finished it before the lock was free
-            if not is_complete(run, weights=True):
-                return self._keeping_all(run)
+            if not (self._failed_before(run) or is_complete(run, weights=True)):
+                return keeping_all(run)
             self._release(run)
         return None
 
-    def _keeping_all(self, run: Run) -> Run:
-        """The run, asked to keep also what its record in the store keeps, since others use it."""
-        if not (found := store.find_record(run)):
-            return run
-        warnings.warn(
-            f"{run} is trained again: the weights of its teacher changed, or weights or logits "
-            f"are needed that are not in the store.",
-            stacklevel=2,
-        )
-        if not found.in_store:
-            return run
-        keep = (*run.keep, *map(int, found.summary["weights"]))
-        return replace(run, keep=keep, save_logits=run.save_logits or "logits" in found.summary)
+    def _failed_before(self, run: Run) -> bool:
+        path = store.failure_path(run)
+        if failed := not self.retry and path.exists():
+            self.failures[run.id] = NotFinite(path.read_text())
+        return failed
 
     def _release(self, run: Run) -> None:
         self.locks.pop(run.id).close()
 
     def _open(self, run: Run) -> None:
         """Give a run a trainer of its own."""
-        if not self._students:
-            self.images = load_data(run.dataset, "train", self.device).first(run.images)
-            self.test = load_data(run.dataset, "test", self.device)
-        runs = [run, *(trainer.run for trainer in (*self.active, *self.opening))]
-        self.caches.serve(len(runs), {store.saved_fingerprint(*c) for c in teacher_passes(runs)})
+        images, test = self._images(run)
+        runs = [run, *(trainer.run for trainer in self._students)]
+        taught = {c: store.saved_fingerprint(*c) for c in teacher_passes(runs)}
+        short_lived = {known for c, known in taught.items() if c in self.short_lived}
+        self.caches.serve(len(runs), {*taught.values()}, short_lived)
         self.writer.students = len(runs)
         alike = sum(
-            -(-len(self.images) // other.recipe.batch) * other.recipe.epochs
+            -(-len(images) // other.recipe.batch) * other.recipe.epochs
             for other in self.everything
             if other.model == run.model
         )
         stream = self.free_streams.pop() if self.free_streams else None
-        trainer = Trainer(
-            run, self.images, self.test, self.caches, self.writer, alike=alike, stream=stream
-        )
+        trainer = Trainer(run, images, test, self.caches, self.writer, alike=alike, stream=stream)
         trainer.look_ahead(trainer.epoch)
         self.progress.begin(run, trainer.epoch)
         self.opening.append(trainer)
+
+    def _images(self, run: Run) -> tuple[Images, Images]:
+        """The run's training and test images; students of one data set share them."""
+        for trainer in self._students:
+            if _data_of(trainer.run) == _data_of(run):
+                return trainer.images, trainer.test
+        images = load_data(run.dataset, "train", self.device).first(run.images)
+        return images, load_data(run.dataset, "test", self.device)
 
     def _begin(self, trainer: Trainer) -> None:
         trainer.begin_epoch()
@@ -244,6 +245,7 @@ class TrainerPool:
         except NotFinite as error:
             # without its frames, which would keep the trainer alive
             self.failures[trainer.run.id] = error.with_traceback(None)
+            files.write_atomic(store.failure_path(trainer.run), str(error))
             self._leave(trainer, self.active)
             return
         images = trainer.steps * trainer.run.recipe.batch
@@ -262,6 +264,7 @@ class TrainerPool:
     def _leave(self, trainer: Trainer, students: list[Trainer]) -> None:
         """Give back what a student holds. Its lock is the last: then its files are written."""
         students.remove(trainer)
+        self.ended = True
         if trainer.stream:
             self.free_streams.append(trainer.stream)
         trainer.files.wait()
@@ -282,7 +285,10 @@ class TrainerPool:
             self.active.clear()
             self.opening.clear()
             self.waiting.clear()
-            self.images = self.test = None  # their memory may be needed for other data
             for lock in self.locks.values():
                 lock.close()
             self.locks.clear()
+
+
+def _data_of(run: Run) -> tuple[str, int | None]:
+    return run.dataset, run.images

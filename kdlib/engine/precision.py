@@ -12,7 +12,7 @@ import torch
 SPEEDS = Path(__file__).with_name("bfloat16.csv")
 # Where bfloat16 is less than this much faster, float32 is used.
 WORTH = 1.1
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def training_dtype(device: torch.device, model: str = "", side: int = 0) -> torch.dtype:
@@ -23,9 +23,9 @@ def training_dtype(device: torch.device, model: str = "", side: int = 0) -> torc
     Args:
         side: height and width of the images in pixels.
 
-    Raises ValueError for an unknown ``$KDLIB_PRECISION``, which overrides the choice.
+    Raises ValueError as ``asked_precision``, which overrides the choice.
     """
-    if wish := _wish():
+    if wish := asked_precision(device.type == "cuda"):
         return wish
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,9 +38,10 @@ def label_dtype(device: torch.device, model: str, side: int) -> torch.dtype:
 
     Arguments and errors as ``training_dtype``.
     """
+    wish = asked_precision(device.type == "cuda")
     if device.type == "cuda":
-        return torch.float32 if _wish() == torch.float32 else torch.float16
-    return _wish() or _cpu_dtype(model, side, "labels")
+        return torch.float32 if wish == torch.float32 else torch.float16
+    return wish or _cpu_dtype(model, side, "labels")
 
 
 def _cpu_dtype(model: str, side: int, work: str) -> torch.dtype:
@@ -72,10 +73,17 @@ def _speeds() -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
-def _wish() -> torch.dtype | None:
+def asked_precision(gpu: bool) -> torch.dtype | None:
+    """The precision that ``$KDLIB_PRECISION`` names; None without it.
+
+    Raises ValueError for an unknown one, and for float16 on a CPU: the loss is not scaled there, so
+    small gradients would become 0.
+    """
     wish = os.environ.get("KDLIB_PRECISION") or "auto"
     if wish not in ("auto", *PRECISIONS):
         raise ValueError(
-            f"KDLIB_PRECISION={wish} is not valid: set it to {' or '.join(PRECISIONS)}."
+            f"KDLIB_PRECISION={wish} is not valid: set it to {', '.join(PRECISIONS)} or auto."
         )
+    if wish == "float16" and not gpu:
+        raise ValueError("KDLIB_PRECISION=float16 needs a GPU. On a CPU set it to bfloat16.")
     return PRECISIONS.get(wish)

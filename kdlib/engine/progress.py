@@ -51,7 +51,7 @@ class Progress:
         if seconds:
             speed = f"{1 / seconds:.3g} epochs/s · {images / seconds:,.0f} images/s · {speed}"
         passed = time.monotonic() - self.started
-        left = passed / self.bar.n * (self.bar.total - self.bar.n)
+        left = passed / self.bar.n * max(0, self.bar.total - self.bar.n)
         line = (
             f"{run} · epoch {row['epoch']}/{run.recipe.epochs} · loss {row['train_loss']:.3f} · "
             f"test {row['test_top1']:.2f} % · {speed} · all runs: {clock(left)} left"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -10,18 +11,15 @@ import torch
 from kdlib import store
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.deadline import Deadline, until
-from kdlib.engine.device import pick_device, prepare
-from kdlib.engine.graph import incomplete, is_complete, next_level
-from kdlib.engine.passes import teacher_passes
-from kdlib.engine.pool import TrainerPool, asked_parallel
+from kdlib.engine.device import asked_parallel, pick_device, prepare
+from kdlib.engine.graph import incomplete, next_level
+from kdlib.engine.pool import TrainerPool
 from kdlib.engine.progress import Progress
-from kdlib.errors import NotFinite, NothingFound, StoreError
+from kdlib.errors import NotFinite, NothingFound, OutOfTime, StoreError
 from kdlib.runs import Run
 from kdlib.store import Trained
 
 CACHES = CachePool()
-# A cache is kept where it saves at least this share of its teacher's passes.
-WORTH = 0.1
 
 
 class RunChain(Protocol):
@@ -49,6 +47,7 @@ def train(
     partial: bool = False,
     deadline: Deadline | None = None,
     then: Callable[[Trained], object] | None = None,
+    retry: bool = True,
 ) -> list[Trained | None] | dict[Any, list[Trained | None]]:
     """Train the runs that neither the store nor the committed records have; one result per run.
 
@@ -68,6 +67,8 @@ def train(
         then: called with each result, as soon as its run is trained; for measurements that need
             weights. It is called once for a run that was trained before, too.
         deadline: stop then, in time, with all that was trained saved; the same call continues.
+        retry: train also runs whose loss was not finite in an earlier call. False counts them as
+            failed.
 
     Raises:
         OutOfTime: at the deadline, if runs are left. It is raised with ``partial`` too.
@@ -79,18 +80,23 @@ def train(
     if isinstance(runs, Mapping):
         rows = {row: list(members) for row, members in runs.items()}
         members = chain(*rows.values())
-        results = iter(train(members, device, parallel, weights, partial, deadline, then))
+        results = iter(train(members, device, parallel, weights, partial, deadline, then, retry))
         return {row: [next(results) for _ in members] for row, members in rows.items()}
     device = pick_device(device)
-    items, session = [*runs], _Session(device, asked_parallel(parallel, device), then)
+    items, session = [*runs], _Session(device, asked_parallel(parallel, device), then, retry)
     session.results = {item.id for item in items if isinstance(item, Run)}
     prepare(device)
-    with until(deadline):
-        runs, unfound = session.follow(items, weights)
-        session.ensure(runs, weights)
+    try:
+        with until(deadline):
+            runs, unfound = session.follow(items, weights)
+            session.ensure(runs, weights)
+    except OutOfTime:
+        session.report({}, partial=True)
+        raise
     failed = {*unfound, *(k for k, run in enumerate(runs) if run.id in session.failures)}
-    session.results |= {run.id for k, run in enumerate(runs) if k not in failed}
-    for run in runs:
+    good = [run for k, run in enumerate(runs) if k not in failed]
+    session.results |= {run.id for run in good}
+    for run in good:
         session.tell(run)
     session.report(unfound, partial)
     return [None if k in failed else store.find_record(run) for k, run in enumerate(runs)]
@@ -105,8 +111,8 @@ class _Session:
         results: the ids of the runs that ``then`` is called with.
     """
 
-    def __init__(self, device: torch.device, parallel: int, then: Callable | None):
-        self.device, self.parallel, self.then = device, parallel, then
+    def __init__(self, device: torch.device, parallel: int, then: Callable | None, retry: bool):
+        self.device, self.parallel, self.then, self.retry = device, parallel, then, retry
         self.failures: dict[str, NotFinite] = {}
         self.results: set[str] = set()
         self._told: set[str] = set()
@@ -151,35 +157,22 @@ class _Session:
         return run_chain.next_run(after if unchanged else None)
 
     def ensure(self, runs: list[Run], weights: bool) -> None:
-        """Train all of these runs that are incomplete, level by level, teachers first.
+        """Train all of these runs that are incomplete, teachers first.
 
-        The graph is read again after each level, since a teacher that was trained again makes its
-        students incomplete.
+        The graph is read again when runs have ended, since a teacher that was trained again makes
+        its students incomplete.
         """
-        everything = incomplete(runs, weights, {})
-        while level := next_level(runs, weights, self.failures):
-            self._train_level(level, everything)
-
-    def _train_level(self, level: list[Run], everything: list[Run]) -> None:
-        passes = {store.saved_fingerprint(*c): p for c, p in teacher_passes(level).items()}
-        CACHES.expect({teacher for teacher, p in passes.items() if not p.saves(WORTH)})
-        progress = Progress(sum(run.recipe.epochs for run in level))
-        pools = {
-            (run.dataset, run.images): TrainerPool(
-                self.device, self.parallel, CACHES, progress, everything, self.tell
-            )
-            for run in level
-        }
+        if not (everything := incomplete(runs, weights, {})):
+            return
+        progress = Progress(sum(run.recipe.epochs for run in everything))
+        ready = partial(next_level, runs, weights, self.failures)
+        pool = TrainerPool(
+            *(self.device, self.parallel, CACHES, progress),
+            *(ready, everything, self.failures, self.retry, self.tell),
+        )
         try:
-            while level:
-                for data, pool in pools.items():
-                    if together := [run for run in level if (run.dataset, run.images) == data]:
-                        self.failures.update(pool.train(together))
-                level = [
-                    run
-                    for run in level
-                    if run.id not in self.failures and not is_complete(run, weights=True)
-                ]
+            while pool.train():
+                pass
         finally:
             progress.close()
 

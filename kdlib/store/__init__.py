@@ -5,7 +5,7 @@ use to ``results/<profile>/records/``, so that a clone without a store finds the
 """
 
 from kdlib.store.measurements import copy_record, measure
-from kdlib.store.records import Trained, find_record, require_record, write_record
+from kdlib.store.records import Trained, failure_path, find_record, require_record, write_record
 from kdlib.store.weights import (
     fingerprint,
     folder,

@@ -83,6 +83,12 @@ def write_record(run: Run, rows: list[dict], summary: dict) -> None:
     head = {"id": run.id, "engine": ENGINE_VERSION, "run": run.description}
     lines = [json.dumps(line) for line in (head, *rows, {"summary": summary})]
     files.write_atomic(folder(run) / "record.jsonl", "\n".join(lines) + "\n")
+    failure_path(run).unlink(missing_ok=True)
+
+
+def failure_path(run: Run) -> Path:
+    """The file with the error of a run whose loss was not finite, until it is trained again."""
+    return folder(run) / "not-finite.txt"
 
 
 def find_record(run: Run) -> Trained | None:

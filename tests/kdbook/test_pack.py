@@ -18,6 +18,7 @@ from kdbook.pack import size_of
 from kdbook.packed import INDEX
 from kdbook.remaining import epochs_left, unfinished
 from kdlib import KD, measure, store, train
+from kdlib.errors import StoreError
 from kdlib.files import ROOT
 
 # --- going on elsewhere ---------------------------------------------------------------------------
@@ -34,7 +35,8 @@ def test_training_goes_on_elsewhere_with_the_same_bits(
     assert line.startswith("Packed 2 runs, 1 unfinished")
     machine("second")
     line = unpack.unpack(out)
-    assert line == f"Merged {len(packed_names(out))} files; 0 already there."
+    assert line.startswith("Merged 1 record, 2 files of weights, 1 state, 0 other files, 0.")
+    assert line.endswith(" MB; 0 files already there.")
     assert (unfinished([student]), epochs_left(student)) == ([student], 1)
     epochs_trained.clear()
     (resumed,) = train([student])
@@ -104,6 +106,12 @@ def test_weights_stay_until_their_exhibit_is_rendered(out, machine, family):
     unpack.unpack(out)
     assert measure(store.find_record(family[1]), parameters).equals(table)
     assert (exhibit.folder / "table.md").exists()
+
+
+def test_an_empty_store_is_refused(tiny, out):
+    with pytest.raises(StoreError, match="There is nothing to pack"):
+        pack_runs(out, [tiny()])
+    assert not out.exists()
 
 
 def test_the_state_of_a_run_in_training_is_left_out(tiny, out, train_until):
@@ -208,16 +216,34 @@ def test_the_programs_move_an_exhibit(out, machine, monkeypatch, capsys, family)
     assert capsys.readouterr().out.startswith("Packed 2 runs, 1 unfinished, into")
     machine("second")
     done = call("unpack", out)
-    assert (done.returncode, done.stdout) == (0, "Merged 2 files; 0 already there.\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Merged 1 record, 1 file of weights, 0 states, 0 other files, ")
     assert unfinished(family) == family[1:]
 
 
-def test_a_pack_of_an_exhibit_that_nobody_has_trained_is_empty(out):
+def test_an_exhibit_that_nobody_has_trained_is_not_packed(out):
     done = call("pack", out, "--only", NAME)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Packed 13 runs, 13 unfinished")
-    assert "0 files, 0.0 MB in 0 parts" in done.stdout
-    assert unpack.unpack(out) == "Merged 0 files; 0 already there."
+    assert done.returncode == 1
+    assert done.stderr.startswith("There is nothing to pack: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_path_of_an_image_folder_is_relative_to_the_current_folder(
+    out, family, photos, monkeypatch
+):
+    train(family[:1])
+    given = []
+
+    def declared(notebook, **parameters):
+        given.append(parameters["data"])
+        return family
+
+    monkeypatch.chdir(photos().parent)
+    monkeypatch.setattr(pack_module, "declared_runs", declared)
+    words = ["--only", NAME, "--data", "cifar10=folder:photos"]
+    monkeypatch.setattr(sys, "argv", ["pack", str(out), *words])
+    assert pack_module.main() == 0
+    assert given == [{"cifar10": f"folder:{os.getcwd()}/photos"}]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +252,8 @@ def test_a_pack_of_an_exhibit_that_nobody_has_trained_is_empty(out):
         (["--parts", "15X"], "'15X' is no size"),
         (["--only", "kr/tabel1"], "no exhibit 'kr/tabel1'"),
         (["--profile", "tiny"], "no profile 'tiny'"),
-        (["--data", "cifar10"], "is no"),
+        (["--data", "cifar10"], "write NAME=DATA"),
+        (["--only", ""], "--only names no exhibit"),
     ],
 )
 def test_mistakes_are_explained(out, monkeypatch, capsys, words, message):

@@ -73,6 +73,12 @@ def test_students_of_a_changed_teacher_are_unfinished(tiny, family):
         assert unfinished(family) == family[1:]
 
 
+def test_a_record_alone_is_left_where_weights_are_needed(family, only_records):
+    only_records(*train(family))
+    assert follow(family).unfinished == []
+    assert follow(family, weights=True).unfinished == family
+
+
 def test_a_record_alone_is_complete_but_cannot_teach(tiny, family, only_records):
     only_records(*train(family))
     assert unfinished(family) == []

@@ -5,7 +5,7 @@ import pytest
 
 import kdlib
 from kdbook.cli import notebooks
-from kdbook.cli.declared import declared_runs
+from kdbook.cli.declared import declared
 from kdbook.cli.forecast import estimated_runs, forecast
 from kdlib import KD, KDGAN, FoundStudent, GateSearch, MutualLearning, Recipe
 from kdlib.methods import OneStage
@@ -80,14 +80,14 @@ def test_a_student_that_is_not_found_yet_counts_as_its_teacher(tiny, networks):
 
 @pytest.fixture
 def declaring(tmp_path):
-    """The runs of a notebook with these cells: ``declaring(source, …)``."""
+    """What a notebook with these cells declares: ``declaring(source, …)``."""
 
     def read(*sources, **parameters):
         cells = [nbformat.v4.new_code_cell(source) for source in ("assert False", *sources)]
         cells[0].metadata.tags, cells[1].metadata.tags = ["install"], ["parameters"]
         path = tmp_path / "a.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-        return declared_runs(notebooks.Notebook(path, "", "", {}, trains=True), **parameters)
+        return declared(notebooks.Notebook(path, "", "", {}, trains=True), **parameters)
 
     return read
 
@@ -96,15 +96,20 @@ def test_runs_are_read_with_the_given_parameters_and_nothing_is_trained(declarin
     train = kdlib.train
     rows = "train({'a': [seeds, 1], 'b': [2]}); assert False"
     cells = ("seeds = 0", "from kdlib import train; print(seeds)", rows)
-    assert declaring(*cells) == [0, 1, 2]
-    assert declaring(*cells, seeds=7) == [7, 1, 2]
+    assert declaring(*cells) == ([0, 1, 2], None, False)
+    assert declaring(*cells, seeds=7).runs == [7, 1, 2]
     assert kdlib.train is train
     assert capsys.readouterr().out == ""
 
 
 def test_missing_data_stops_a_cell_but_not_the_notebook(declaring):
     missing = "import kdlib; kdlib.load_data('cifar10')"
-    assert declaring("", missing, "import kdlib; kdlib.train([3])") == [3]
+    assert declaring("", missing, "import kdlib; kdlib.train([3])").runs == [3]
+
+
+def test_what_a_notebook_asks_for_is_read_with_its_runs(declaring):
+    found = declaring("", "import kdlib; kdlib.train([3], weights=True, then=print, partial=True)")
+    assert found == ([3], print, True)
 
 
 def test_a_notebook_that_never_calls_train_is_an_error(declaring):

@@ -89,14 +89,14 @@ def test_without_gpus_nothing_is_reserved_or_hidden(tmp_path, monkeypatch, gpus)
 
 def test_run_all_uses_the_visible_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert workflow.gpus() == ["2", "3"]
+    assert [*workflow.gpus()] == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workflow.gpus() == []
+    assert workflow.gpus() == {}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: x)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert workflow.gpus() == ["0", "1"]
+    assert workflow.gpus() == {"0": "H100", "1": "H100"}
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert workflow.gpus() == []
+    assert workflow.gpus() == {}

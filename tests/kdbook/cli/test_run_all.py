@@ -11,6 +11,7 @@ import time
 import nbformat
 import psutil
 import pytest
+import torch
 
 from kdbook.cli import forecast, run_all
 from kdbook.cli.notebooks import ROOT, all_notebooks
@@ -83,6 +84,8 @@ def test_options_reach_the_notebooks(parse, tmp_path, monkeypatch):
     [
         (["--profile", "smok"], "Did you mean smoke"),
         (["--only", "rco/tabel1"], "Did you mean rco/table1"),
+        (["--only", ""], "--only names no exhibit"),
+        (["--only", ","], "--only names no exhibit"),
         (["--parallel", "0"], "--parallel: '0' is not a whole number of 1 or more"),
         (["--jobs", "-1"], "--jobs: '-1' is not a whole number of 1 or more"),
         (["--data", "cifar100"], "NAME=DATA"),
@@ -101,6 +104,14 @@ def test_a_wrong_variable_is_refused_too(parse, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse()
     assert "KDLIB_PARALLEL: 'many' is not a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is allowed on a GPU")
+def test_float16_on_a_cpu_is_refused_before_anything_starts(parse, capsys, monkeypatch):
+    monkeypatch.setenv("KDLIB_PRECISION", "float16")
+    with pytest.raises(SystemExit):
+        parse()
+    assert "KDLIB_PRECISION=float16 needs a GPU" in capsys.readouterr().err
 
 
 def test_dry_run_names_the_jobs_and_runs_none(tmp_path, monkeypatch, capsys):

@@ -2,15 +2,22 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
+import psutil
 import pytest
 
 from kdbook.cli import options, slice
+from kdbook.cli.declared import Declared
 from kdbook.cli.notebooks import ROOT
+from kdbook.cli.train_all import train_all
+from kdbook.remaining import follow
+from kdlib import KD, store, train
 
 # A teacher and its students; a measurement reads the teacher's weights.
 EXHIBIT = "book/start_here"
@@ -48,6 +55,8 @@ def machine(tmp_path):
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=environment,
+                # a background process of a shell ignores Ctrl-C
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
         return start
@@ -76,8 +85,13 @@ def results_in(folder):
 def test_a_slice_that_is_stopped_and_moved_gives_the_bits_of_a_run_never_stopped(machine, tmp_path):
     command = ("kdbook.cli.run_all", "--only", EXHIBIT, "--jobs", "1", "--minutes")
     first, second, third = (machine(name) for name in ("first", "second", "third"))
+    before = datetime.now()
     text = finish(third(*command, "20"))
-    assert "1 of 1 exhibits are complete." in text
+    first_line = rf"Profile smoke until (\d\d:\d\d:\d\d) on .+: {EXHIBIT}\."
+    end = datetime.strptime(re.fullmatch(first_line, text.splitlines()[0])[1], "%H:%M:%S")
+    seconds = (end - before).seconds  # the date does not matter; imports count
+    assert 20 * 60 - 1 <= seconds <= 20 * 60 + 10
+    assert f"1 of 1 exhibits are complete: {EXHIBIT}." in text
     assert "Nothing is left to train." in text
 
     killed = first(*command, "20")  # as by a machine that disappears
@@ -86,11 +100,17 @@ def test_a_slice_that_is_stopped_and_moved_gives_the_bits_of_a_run_never_stopped
     killed.kill()
     killed.communicate()
     assert workers.returncode == 0
+    orphaned = first(*command, "20")  # its worker saves what it has, and ends
+    (worker,) = wait_until(lambda: psutil.Process(orphaned.pid).children())
+    wait_until(lambda: [*(tmp_path / "first").glob("runs/*/record.jsonl")])
+    orphaned.kill()
+    worker.wait(60)
+    assert [*(tmp_path / "first").glob("runs/*/state.safetensors")]
     stopped = first(*command, "20")  # as by a scheduler that gives notice
-    wait_for(tmp_path / "first", "*/record.jsonl", 1)
+    wait_for(tmp_path / "first", "*/record.jsonl", 2)
     stopped.send_signal(signal.SIGTERM)
     text = finish(stopped)
-    assert "0 of 1 exhibits are complete." in text
+    assert f"0 of 1 exhibits are complete.\nNot complete: {EXHIBIT}.\n" in text
     assert "Left:" in text
     assert "The same command goes on." in text
 
@@ -107,10 +127,93 @@ def test_a_slice_that_is_stopped_and_moved_gives_the_bits_of_a_run_never_stopped
 
 
 def wait_for(folder, pattern, count):
+    wait_until(lambda: len([*folder.glob(f"runs/{pattern}")]) >= count)
+
+
+def wait_until(there):
+    """What ``there`` returns, as soon as it is true."""
     until = time.monotonic() + 120
-    while len([*folder.glob(f"runs/{pattern}")]) < count:
+    while not (found := there()):
         assert time.monotonic() < until
         time.sleep(0.05)
+    return found
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5])  # torch is imported then
+def test_ctrl_c_in_the_first_seconds_ends_with_a_sentence(machine, seconds):
+    process = machine("first")("kdbook.cli.run_all", "--only", EXHIBIT, "--minutes", "20")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.splitlines()[-1] == (
+        "Interrupted. Finished work is kept. The same command continues."
+    )
+    assert "Traceback" not in text
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train_declared(monkeypatch):
+    """Train what a notebook declares, as a slice does."""
+
+    def call(*declared):
+        monkeypatch.setattr("kdbook.cli.declared.declared", lambda notebook: Declared(*declared))
+        train_all([None], None)
+
+    return call
+
+
+def test_a_run_that_failed_is_not_tried_again(tiny, train_declared, epochs_trained):
+    bad = tiny(lr=1e30)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=bad.id):
+            train_declared([bad])
+    assert epochs_trained == [(bad.id, 1)]
+
+
+def test_weights_that_a_notebook_asks_for_are_made_again(tiny, train_declared, only_records):
+    run = tiny()
+    only_records(*train([run]))
+    train_declared([run])
+    assert not store.find_record(run).in_store
+    train_declared([run], None, True)
+    assert store.find_record(run).in_store
+
+
+# --- what is left ---------------------------------------------------------------------------------
+
+
+def test_time_is_estimated_from_complete_runs(tiny):
+    small, large = tiny(epochs=2), tiny(epochs=2, model="resnet14-x0.5")
+    (trained,) = train([small])
+    seconds = trained.summary["seconds"] = 10.0
+    store.write_record(small, trained.rows, trained.summary)
+    assert slice.seconds_for({small: 2}, [], 1) is None
+    assert slice.seconds_for({small: 1}, [small], 1) == pytest.approx(seconds / 2)
+    one = slice.seconds_for({large: 2}, [small], 1)
+    assert one > seconds
+    both = {large: 2, tiny(epochs=2, model="resnet14-x0.5", seed=1): 2}
+    assert slice.seconds_for(both, [small], 1) == pytest.approx(2 * one)
+    assert slice.seconds_for(both, [small], 16) == pytest.approx(one)  # there are only two
+    trained.summary["environment"]["device"] = "another machine"
+    store.write_record(small, trained.rows, trained.summary)
+    assert slice.seconds_for({large: 2}, [small], 1) is None
+
+
+def test_runs_that_failed_are_named_and_not_counted(tiny, capsys):
+    bad, good = tiny(lr=1e30), tiny(seed=1)
+    runs = [tiny(method=KD(bad)), good]
+    with pytest.warns(UserWarning, match=bad.id):
+        train(runs, partial=True)
+    slice.report_left({EXHIBIT: follow(runs)}, students=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{bad} failed: its loss was not finite.")
+    assert lines[1:] == ["Nothing is left to train but what failed."]
+    slice.report_left({EXHIBIT: follow([*runs, tiny(seed=3)])}, students=1)
+    assert "Left: 1 runs with 2 epochs; about 1 min" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "nan", "inf"])

@@ -99,6 +99,21 @@ def test_students_that_train_in_parallel_all_stop_and_continue(tiny, elsewhere, 
         assert same_log(ours, theirs)
 
 
+def test_students_and_their_teachers_generation_stop_together_and_continue(
+    tiny, elsewhere, stop_after
+):
+    teacher, long = tiny(epochs=1), tiny(epochs=4, seed=1)
+    runs = [tiny(epochs=3, method=KD(teacher), seed=2), long]
+    expected = elsewhere(*runs)
+    # one epoch of both is 10 steps; then the student has begun, and is in its second epoch
+    stop_after(runs, Trainer, "step", 26, parallel=2)
+    assert store.find_record(teacher)
+    assert [store.state_path(run).exists() for run in runs] == [True, True]
+    for ours, theirs in zip(train(runs, parallel=2), expected, strict=True):
+        assert ours.summary["weights"] == theirs.summary["weights"]
+        assert same_log(ours, theirs)
+
+
 @pytest.fixture
 def search(tiny, elsewhere):
     """A search that ends within an epoch, and its result without any stop."""

@@ -1,12 +1,13 @@
 """Students that train in parallel: their turns, their numbers, and lack of memory."""
 
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
 from helpers import final_weights, same_log
 
-from kdlib import KD, train
+from kdlib import KD, store, train
 from kdlib.engine import writer as writer_module
 from kdlib.engine.progress import Progress
 from kdlib.engine.trainer import Trainer
@@ -31,6 +32,60 @@ def test_a_waiting_run_begins_as_soon_as_another_ends(tiny, epochs_trained):
     train([short, long, waiting], parallel=2)
     assert epochs_trained.index((waiting.id, 1)) < epochs_trained.index((long.id, 3))
     assert epochs_trained.index((long.id, 2)) < epochs_trained.index((long.id, 3))
+
+
+@pytest.fixture
+def two_generations(tiny, photos):
+    """A teacher, its student, and a longer run that has nothing to do with them."""
+    teacher = tiny(epochs=1)
+    folder = f"folder:{photos(count=20)}"
+    others = {"digits": tiny(epochs=6, seed=1), "photos": tiny(epochs=6, batch=4, data=folder)}
+    return teacher, tiny(epochs=2, seed=2, method=KD(teacher)), others
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+def test_a_student_begins_as_soon_as_its_teacher_is_trained_whatever_else_trains(
+    two_generations, elsewhere, epochs_trained, data
+):
+    teacher, student, others = two_generations
+    long = others[data]
+    alone = elsewhere(student, long, teacher, parallel=1)
+    epochs_trained.clear()
+    together = train([student, long, teacher], parallel=2)
+    assert epochs_trained.index((teacher.id, 1)) < epochs_trained.index((student.id, 1))
+    assert epochs_trained.index((student.id, 2)) < epochs_trained.index((long.id, 6))
+    assert len(epochs_trained) == len({*epochs_trained}) == 9
+    assert [t.summary["weights"] for t in together] == [t.summary["weights"] for t in alone]
+    assert all(map(same_log, together, alone))
+
+
+def test_a_teacher_that_fails_beside_other_runs_takes_only_its_students_with_it(
+    tiny, epochs_trained
+):
+    bad, long = tiny(lr=1e30), tiny(epochs=4, seed=1)
+    students = [tiny(method=KD(bad)), tiny(method=KD(long), seed=2)]
+    with pytest.warns(UserWarning, match=bad.id):
+        results = train([long, *students], parallel=2, partial=True)
+    assert [trained and trained.run for trained in results] == [long, None, students[1]]
+    assert {run for run, _ in epochs_trained} == {bad.id, long.id, students[1].id}
+
+
+def test_a_run_that_another_process_trains_holds_up_no_other_teachers_students(
+    two_generations, epochs_trained
+):
+    teacher, student, others = two_generations
+    theirs = others["digits"]
+    held, told = ExitStack(), []
+    held.enter_context(store.lock(theirs))
+
+    def then(trained):
+        told.append(trained.run)
+        if trained.run == student:
+            held.close()
+
+    train([theirs, student], then=then)
+    assert told == [student, theirs]
+    assert [run for run, _ in epochs_trained] == [teacher.id, *[student.id] * 2, *[theirs.id] * 6]
 
 
 def test_a_run_that_is_trained_again_keeps_all_that_it_kept(tiny, epochs_trained):

@@ -57,8 +57,17 @@ def test_the_environment_overrides_the_table(table, monkeypatch, wish):
         assert str(training_dtype(CPU, model, 16)) == f"torch.{wish}"
         assert str(label_dtype(CPU, model, 16)) == f"torch.{wish}"
     monkeypatch.setenv("KDLIB_PRECISION", "half")
-    with pytest.raises(ValueError, match="KDLIB_PRECISION=half is not valid: set it to float32 or"):
+    with pytest.raises(ValueError, match="KDLIB_PRECISION=half is not valid: set it to float32,"):
         training_dtype(CPU, "resnet20", 16)
+
+
+def test_float16_is_for_a_gpu_where_losses_are_scaled(monkeypatch):
+    monkeypatch.setenv("KDLIB_PRECISION", "float16")
+    gpu = torch.device("cuda")
+    assert training_dtype(gpu) == label_dtype(gpu, "resnet20", 32) == torch.float16
+    for choice in (training_dtype, label_dtype):
+        with pytest.raises(ValueError, match="float16 needs a GPU"):
+            choice(CPU, "resnet20", 32)
 
 
 def test_the_committed_table_can_be_read():

@@ -163,6 +163,29 @@ def test_the_students_of_a_failed_teacher_are_not_trained(tiny, epochs_trained):
     assert {run for run, _ in epochs_trained} == {bad.id, good.id}
 
 
+def test_a_failed_run_is_not_tried_again_where_the_caller_does_not_want_it(tiny, epochs_trained):
+    run = tiny(epochs=3, milestones=(1,), decay=1e30)
+    student = tiny(method=KD(run), seed=1)
+    for retry in (True, False, False):
+        with pytest.warns(UserWarning, match="is nan in epoch 2"):
+            assert train([run, student], partial=True, retry=retry) == [None, None]
+    assert [epoch for _, epoch in epochs_trained] == [1, 2]
+    with pytest.raises(NotFinite):
+        train([student])
+    assert [epoch for _, epoch in epochs_trained] == [1, 2, 2]
+
+
+def test_a_run_that_succeeds_at_another_try_is_failed_no_more(tiny, epochs_trained):
+    run = tiny()
+    store.folder(run).mkdir(parents=True)
+    store.failure_path(run).write_text("on another machine, perhaps")
+    with pytest.raises(NotFinite, match="on another machine, perhaps"):
+        train([run], retry=False)
+    assert epochs_trained == []
+    assert train([run])[0].epochs == 2
+    assert train([replace(run, keep=(1,))], retry=False)[0].epochs == 2
+
+
 def test_the_last_finite_epoch_is_kept_after_a_loss_that_is_not_finite(tiny, epochs_trained):
     run = tiny(epochs=3, milestones=(1,), decay=1e30)
     for _ in range(2):
@@ -186,3 +209,10 @@ def test_then_is_called_with_each_result_as_soon_as_it_is_trained(tiny):
     assert told == [(runs[0].id, [True, False]), (runs[1].id, [True, True])]
     train(runs, then=note)
     assert [name for name, _ in told[2:]] == [run.id for run in runs]
+
+
+def test_then_is_not_called_with_a_run_that_failed(tiny):
+    told, bad, good = [], tiny(lr=1e30), tiny(seed=1)
+    with pytest.warns(UserWarning, match=bad.id):
+        train([bad, good], partial=True, then=lambda trained: told.append(trained.run))
+    assert told == [good]
