@@ -1,5 +1,7 @@
 """Route Constrained Optimization (RCO): the tables that its exhibits measure."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,29 @@ TAU = 5.0  # the temperature of RCO's divergences
 def epochs_spent(trained: Trained) -> float:
     """The epochs of all stages of a chain, as they were trained."""
     return sum(stage.epochs_used for stage in greedy.stages(trained))
+
+
+def at_equal_cost(
+    chain: Iterable[Trained | None], others: Iterable[Trained | None]
+) -> list[Trained]:
+    """For each seed the stage of ``chain`` after as many stages as another chain has."""
+    pairs = [(one, other) for one, other in zip(chain, others, strict=True) if one and other]
+    return [greedy.stages(one)[len(greedy.stages(other)) - 1] for one, other in pairs]
+
+
+def searches(
+    several: Iterable[greedy.GreedySearch], found: Iterable[Trained | None]
+) -> pd.DataFrame:
+    """What greedy searches found: by seed their anchors, and what chose the last of them."""
+    rows = {
+        trained.run.seed: {
+            "anchors": ", ".join(map(str, greedy.anchors(trained))),
+            "ended by": f"the limit of {search.most}" if search.was_cut(trained) else "Algorithm 2",
+        }
+        for search, trained in zip(several, found, strict=True)
+        if trained
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
 
 
 def target_count(trained: Trained) -> int:

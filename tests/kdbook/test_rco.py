@@ -12,16 +12,18 @@ from torch import nn
 
 from kdbook.planes import displacement_cosines, landscape, trajectories
 from kdbook.rco import (
+    at_equal_cost,
     divergences_on_test,
     epochs_spent,
     noise_losses,
     noise_of,
     noised,
+    searches,
     stage_log,
     target_count,
     training_losses,
 )
-from kdlib import KD, build_model, load_data, measure, store, train
+from kdlib import KD, GreedySearch, build_model, load_data, measure, store, train
 from kdlib.engine.plan import mix
 from kdlib.methods import OneStage, RocketLaunching, multi_stage
 
@@ -295,6 +297,26 @@ def test_a_chain_counts_and_joins_the_epochs_of_all_stages(tiny):
     joined = stage_log(trained[-1], "test_top1")
     assert joined.epoch.tolist() == [1, 2, 3, 4, 5, 6]
     assert joined.test_top1.tolist() == [row["test_top1"] for t in trained for row in t.rows]
+
+
+def test_a_chain_at_equal_cost_has_as_many_stages(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25", keep=(1, 2, 3))
+    student = tiny(epochs=1, method=KD(teacher), seed=1)
+    runs = [multi_stage(student, route)[-1] for route in ((3, 3, 3), (1, 3), (1, 2, 3))]
+    longer, two, three = train(runs)
+    found = at_equal_cost([longer, longer, None], [two, three, two])
+    assert [stage.run for stage in found] == [longer.run.start, longer.run]
+
+
+def test_a_table_of_searches_says_what_ended_each(tiny):
+    teacher = tiny(epochs=4, model="resnet14-x0.25")
+    several = [
+        GreedySearch(tiny(epochs=1, method=KD(teacher), seed=seed), 1, delta, most=3)
+        for seed, delta in ((1, -10.0), (2, 1e9))
+    ]
+    table = searches(several, train(several))
+    assert table.loc[1].tolist() == ["1, 2, 4", "the limit of 3"]
+    assert table.loc[2].tolist() == ["1, 4", "Algorithm 2"]
 
 
 def test_targets_are_the_checkpoints_or_the_steps_of_a_teacher_that_learns(tiny):
