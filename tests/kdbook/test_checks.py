@@ -39,6 +39,11 @@ def test_each_row_is_compared_with_chance_alone(exhibit):
     assert exhibit.checks == [(True, ["KD"]), (False, ["AT"])]
 
 
+def test_a_network_that_is_no_row_concerns_all_rows(exhibit):
+    above_chance(exhibit, {"kd": [trained(10)]}, all_rows=True)
+    assert exhibit.checks == [(False, None)]
+
+
 def test_one_seed_above_the_budget_fails_its_row(exhibit):
     within_budget(exhibit, {"GS": [720, 961], "EEI": [960, 960]}, budget=960, unit="epochs")
     assert exhibit.checks == [(False, ["GS"]), (True, ["EEI"])]
