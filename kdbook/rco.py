@@ -1,6 +1,7 @@
 """Route Constrained Optimization (RCO): the tables that its exhibits measure."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -13,7 +14,7 @@ from kdlib.chains.divergence import logits_of, teacher_of, training_images
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix
-from kdlib.methods import RocketLaunching
+from kdlib.methods import RocketLaunching, multi_stage
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -24,6 +25,12 @@ TAU = 5.0  # the temperature of RCO's divergences
 def epochs_spent(trained: Trained) -> float:
     """The epochs of all stages of a chain, as they were trained."""
     return sum(stage.epochs_used for stage in greedy.stages(trained))
+
+
+def repeated(run: Run, times: int) -> Run:
+    """The last of several stages that all learn as ``run``, which is the first of them."""
+    further = [run.method.teacher_epoch] * (times - 1)
+    return multi_stage(replace(run, start=run), further)[-1] if further else run
 
 
 def at_equal_cost(

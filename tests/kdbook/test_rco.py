@@ -18,6 +18,7 @@ from kdbook.rco import (
     noise_losses,
     noise_of,
     noised,
+    repeated,
     searches,
     stage_log,
     target_count,
@@ -297,6 +298,14 @@ def test_a_chain_counts_and_joins_the_epochs_of_all_stages(tiny):
     joined = stage_log(trained[-1], "test_top1")
     assert joined.epoch.tolist() == [1, 2, 3, 4, 5, 6]
     assert joined.test_top1.tolist() == [row["test_top1"] for t in trained for row in t.rows]
+
+
+def test_a_repeated_run_is_a_chain_of_equal_stages_that_begins_with_it(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25")
+    student = tiny(epochs=2, method=KD(teacher), seed=1, keep=(1,))
+    chain = multi_stage(student, (3, 3, 3))
+    assert [repeated(student, times).id for times in (1, 2, 3)] == [run.id for run in chain]
+    assert repeated(student, 2).start.keep == (1,)  # what it keeps is still kept
 
 
 def test_a_chain_at_equal_cost_has_as_many_stages(tiny):
