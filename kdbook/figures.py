@@ -34,6 +34,8 @@ METHODS = {
     "softmax": "trained from scratch",
     "scratch": "trained from scratch",
     "kd": "KD",
+    "kd-x4": "KD×4",
+    "kd-equal": "KD, epochs of RCO",
     "rco": "RCO",
     "at": "AT",
     "ft": "FT",

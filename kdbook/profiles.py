@@ -147,7 +147,9 @@ class Profile:
                 weights of ``route_epochs(recipe)`` and its logits on validation images.
             start: the run whose weights this run starts from.
         """
-        followed = map(self.scale_epochs, FOLLOWED.get((model, type(method)), ()))
+        of_last = getattr(method, "at", None) is None
+        followed = FOLLOWED.get((model, type(method)), ()) if of_last else ()
+        followed = map(self.scale_epochs, followed)
         kept = {*map(self.scale_epochs, keep), *(e for e in followed if e <= recipe.epochs)}
         kept |= {*self.route_epochs(recipe)} if route else set()
         return Run(

@@ -1,21 +1,96 @@
 """Route Constrained Optimization (RCO): the tables that its exhibits measure."""
 
-import numpy as np
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import losses, store
+from kdlib.chains import greedy
 from kdlib.chains.divergence import logits_of, teacher_of, training_images
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix
-from kdlib.models import build_model
+from kdlib.methods import RocketLaunching, multi_stage
 from kdlib.runs import Run
 from kdlib.store import Trained
 
 CHUNK = 500  # images in one forward pass
+TAU = 5.0  # the temperature of RCO's divergences
+
+
+def epochs_spent(trained: Trained) -> float:
+    """The epochs of all stages of a chain, as they were trained."""
+    return sum(stage.epochs_used for stage in greedy.stages(trained))
+
+
+def repeated(run: Run, times: int) -> Run:
+    """The last of several stages that all learn as ``run``, which is the first of them."""
+    further = [run.method.teacher_epoch] * (times - 1)
+    return multi_stage(replace(run, start=run), further)[-1] if further else run
+
+
+def at_equal_cost(
+    chain: Iterable[Trained | None], others: Iterable[Trained | None]
+) -> list[Trained]:
+    """For each seed the stage of ``chain`` after as many stages as another chain has."""
+    pairs = [(one, other) for one, other in zip(chain, others, strict=True) if one and other]
+    return [greedy.stages(one)[len(greedy.stages(other)) - 1] for one, other in pairs]
+
+
+def searches(
+    several: Iterable[greedy.GreedySearch], found: Iterable[Trained | None]
+) -> pd.DataFrame:
+    """What greedy searches found: by seed their anchors, and what chose the last of them."""
+    rows = {
+        trained.run.seed: {
+            "anchors": ", ".join(map(str, greedy.anchors(trained))),
+            "ended by": f"the limit of {search.most}" if search.was_cut(trained) else "Algorithm 2",
+        }
+        for search, trained in zip(several, found, strict=True)
+        if trained
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
+
+
+def target_count(trained: Trained) -> int:
+    """The number of targets that taught a run: of checkpoints; of steps where the teacher learns
+    beside it."""
+    run = trained.run
+    if isinstance(run.method, RocketLaunching):
+        return trained.epochs * len(training_images(run)) // run.recipe.batch
+    return len(run.method.checkpoints(trained.epochs))
+
+
+def stage_log(trained: Trained, *columns: str) -> pd.DataFrame:
+    """These columns of the logs of all stages of a chain, by the epoch since the first stage."""
+    table = pd.concat([stage.log[[*columns]] for stage in greedy.stages(trained)])
+    table.insert(0, "epoch", range(1, len(table) + 1))
+    return table.reset_index(drop=True)
+
+
+def divergences_on_test(
+    trained: Trained, epochs: list[int], count: int | None = None
+) -> pd.DataFrame:
+    """H of Eq. 6 over test images, at some epochs of the teacher; columns epoch, kl.
+
+    The greedy search itself uses ``divergence_from_route``, over images that the student knows.
+
+    Args:
+        epochs: of the teacher, whose weights were kept.
+        count: use the first ``count`` test images; None for all.
+    """
+    images = load_data(trained.run.dataset, "test", pick_device()).first(count)
+    teacher = store.require_record(teacher_of(trained.run))
+    student = logits_of(trained.model(), images)
+    rows = []
+    for epoch in epochs:
+        taught = logits_of(teacher.model(epoch), images)
+        rows.append((epoch, losses.kd(student, taught, TAU).item() / TAU**2))
+    return pd.DataFrame(rows, columns=["epoch", "kl"])
 
 
 def training_losses(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
@@ -27,56 +102,9 @@ def training_losses(trained: Trained, temperature: float = 5.0) -> pd.DataFrame:
     logits = logits_of(trained.model(), images)
     row = {"ce": F.cross_entropy(logits, images.labels.cpu()).item()}
     if teacher := teacher_of(trained.run):
-        teacher_logits = logits_of(_last_model(teacher), images)
+        teacher_logits = logits_of(last_model(teacher), images)
         row["kd"] = losses.kd(logits, teacher_logits, temperature).item()
     return pd.DataFrame([row])
-
-
-def trajectories(*several: Trained) -> pd.DataFrame:
-    """The weights of several runs after every epoch, on the two axes of their largest variance.
-
-    The runs have one network and one seed. All their epochs must have been kept. Weights are those
-    of convolutions and linear layers, without biases and batch norm (Li et al. 2018).
-
-    Columns: run (0, 1, …), epoch (0 is the common start, at the origin), pc1, pc2 (principal
-    components of the epochs of all runs), share1, share2 (the share of the variance on each axis).
-    """
-    from sklearn.decomposition import KernelPCA  # half a second, for one figure of the book
-
-    # The Gram matrix gives the components without a second copy of all weights in memory.
-    gram = _gram(several)
-    pca = KernelPCA(n_components=2, kernel="precomputed", eigen_solver="dense")
-    plane = pca.fit_transform(gram)
-    centred = gram - gram.mean(0) - gram.mean(1, keepdims=True) + gram.mean()
-    shares = pca.eigenvalues_ / np.trace(centred)
-    # The sign of an axis is arbitrary: let the last run end at the right and at the top.
-    plane = (plane - plane[0]) * np.where(plane[-1] < plane[0], -1, 1)
-    epochs = [range(trained.run.recipe.epochs + 1) for trained in several]
-    return pd.DataFrame(
-        {
-            "run": np.repeat(range(len(several)), [len(e) for e in epochs]),
-            "epoch": np.concatenate(epochs),
-            "pc1": plane[:, 0],
-            "pc2": plane[:, 1],
-            "share1": shares[0],
-            "share2": shares[1],
-        }
-    )
-
-
-def displacement_cosines(*several: Trained, epoch: int) -> pd.DataFrame:
-    """Cosines between the displacements of several runs from their common start.
-
-    A displacement is the weights after ``epoch`` minus the weights at the start; weights as in
-    ``trajectories``. Columns: first, second (numbers of the runs), cosine.
-    """
-    rows = []
-    start = _common_start(several)
-    moved = torch.stack([_weights(t.model(epoch)) - start for t in several])
-    cosines = F.normalize(moved.double()) @ F.normalize(moved.double()).T
-    for i in range(len(several)):
-        rows += [(i, j, cosines[i, j].item()) for j in range(i + 1, len(several))]
-    return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
 
 @torch.no_grad()
@@ -98,7 +126,7 @@ def noise_losses(
     images = load_data(trained.run.dataset, "test", device).first(count)
     models = [trained.model().to(device)]
     if teacher := teacher_of(trained.run):
-        models.append(_last_model(teacher).to(device))
+        models.append(last_model(teacher).to(device))
     sums = {
         (draw, delta): torch.zeros(2, device=device) for draw in range(draws) for delta in deltas
     }
@@ -141,38 +169,5 @@ def noised(images: Images, index: Tensor, noise: Tensor, delta: float) -> Tensor
     return x + delta * sigma * noise / std
 
 
-def _gram(several: tuple[Trained, ...]) -> np.ndarray:
-    """Inner products of the displacements of all epochs from the common start, in float64."""
-    start = _common_start(several)
-    rows = sum(t.run.recipe.epochs + 1 for t in several)
-    moved, row = torch.zeros(rows, len(start)), 0
-    for trained in several:
-        for epoch in range(1, trained.run.recipe.epochs + 1):
-            moved[row + epoch] = _weights(trained.model(epoch)) - start
-        row += trained.run.recipe.epochs + 1
-    blocks = (block.double() for block in moved.split(2**14, dim=1))
-    return sum(block @ block.T for block in blocks).numpy()
-
-
-def _common_start(several: tuple[Trained, ...]) -> Tensor:
-    """The weights that all these runs start from."""
-    run = several[0].run
-    if len({(t.run.dataset, t.run.model, t.run.seed, t.run.start) for t in several}) > 1:
-        raise ValueError(
-            "These runs do not share their data, network, seed and start. Compare runs that do."
-        )
-    if run.start:
-        return _weights(_last_model(run.start))
-    images = load_data(run.dataset, "test")
-    return _weights(
-        build_model(run.model, images.classes, images.channels, seed=mix("weights", run.seed))
-    )
-
-
-def _weights(model: nn.Module) -> Tensor:
-    """The weights of convolutions and linear layers as one vector."""
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1])
-
-
-def _last_model(run: Run) -> nn.Module:
+def last_model(run: Run) -> nn.Module:
     return store.require_record(run).model()

@@ -26,8 +26,8 @@ class GreedySearch:
         first: the first anchor; the paper does not state it (docs/decisions.md, RCO-h).
         delta: δ. An anchor with r_ij above δ is too hard.
         candidates: the teacher's epochs that may become anchors, besides the last; None for all.
-        most: the largest number of anchors; the last of them is the teacher's last epoch. Without
-            this limit a search may take every epoch as an anchor.
+        most: the largest number of anchors; the last of them is the teacher's last epoch. Four is
+            the paper's budget (§4.4). Without a limit a search may take every epoch as an anchor.
 
     Raises ValueError where the student has no teacher or the teacher no such first epoch.
     """
@@ -36,7 +36,7 @@ class GreedySearch:
     first: int
     delta: float = 0.8
     candidates: tuple[int, ...] | None = None
-    most: int = 8
+    most: int = 4
 
     def __post_init__(self):
         teacher = next_stage(self.student, None, self.first).method.teacher
@@ -57,12 +57,22 @@ class GreedySearch:
         anchor = trained.run.method.teacher_epoch
         if anchor == self._last:
             return None
+        after = self._after(trained)
         if len(anchors(trained)) >= self.most - 1:
-            return next_stage(self.student, trained.run, self._last)
+            after = self._last
+        return next_stage(self.student, trained.run, after)
+
+    def was_cut(self, trained: Trained) -> bool:
+        """Whether ``most``, not Algorithm 2, chose the last anchor of this trained chain."""
+        chain = stages(trained)
+        return len(chain) == self.most > 1 and self._after(chain[-2]) != self._last
+
+    def _after(self, trained: Trained) -> int:
+        """The anchor after that of a trained stage, by Algorithm 2."""
         table = measure(trained, divergence_from_route)
         divergence = dict(zip(table.epoch, table.kl, strict=True))
-        after = next_anchor(divergence, anchor, self.delta, self.candidates)
-        return next_stage(self.student, trained.run, after)
+        anchor = trained.run.method.teacher_epoch
+        return next_anchor(divergence, anchor, self.delta, self.candidates)
 
     def needs(self, run: Run) -> list[Run]:
         """The teacher: its saved logits decide the next anchor."""

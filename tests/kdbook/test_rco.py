@@ -10,17 +10,23 @@ from scipy.special import log_softmax, rel_entr, softmax
 from sklearn.decomposition import PCA
 from torch import nn
 
+from kdbook.planes import displacement_cosines, landscape, trajectories
 from kdbook.rco import (
-    displacement_cosines,
+    at_equal_cost,
+    divergences_on_test,
+    epochs_spent,
     noise_losses,
     noise_of,
     noised,
+    repeated,
+    searches,
+    stage_log,
+    target_count,
     training_losses,
-    trajectories,
 )
-from kdlib import KD, build_model, load_data, measure, store, train
+from kdlib import KD, GreedySearch, build_model, load_data, measure, store, train
 from kdlib.engine.plan import mix
-from kdlib.methods import RocketLaunching
+from kdlib.methods import OneStage, RocketLaunching, multi_stage
 
 
 def cross_entropy(logits, labels):
@@ -125,6 +131,46 @@ def test_cosines_of_displacements(three):
         a, b = moved[row.first], moved[row.second]
         assert row.cosine == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), rel=1e-5)
         assert 0 < row.cosine < 0.9999
+
+
+def test_trajectories_of_every_second_epoch_are_rows_of_all(three):
+    table = trajectories(*three, every=2)
+    assert table.epoch.tolist() == [0, 2, 3, 0, 2, 3, 0, 2]
+    for trained, part in zip(three, (part for _, part in table.groupby("run")), strict=True):
+        ends = weights(trained.model()) - start(trained.run)
+        assert np.hypot(*part.iloc[-1][["pc1", "pc2"]]) <= np.linalg.norm(ends) * (1 + 1e-5)
+
+
+def test_the_landscape_is_the_loss_of_networks_on_the_plane(three):
+    table = measure(three, landscape, points=3, count=60)
+    way = trajectories(*three)
+    origin = start(three[0].run)
+    pca = PCA(n_components=2, svd_solver="full")
+    places = pca.fit_transform(stacked(three, origin))
+    signs = np.sign([way.pc1 @ (places - places[0])[:, 0], way.pc2 @ (places - places[0])[:, 1]])
+    assert len(table) == 9
+    assert way.pc1.max() < table.pc1.max() < way.pc1.max() + np.ptp(way.pc1)
+    models = [trained.model() for trained in three]
+    learned, test = (load_data("digits", split).first(60) for split in ("train", "test"))
+    for row in table.iloc[[0, 5]].itertuples():
+        place = places[0] + signs * [row.pc1, row.pc2]
+        vector = torch.tensor(origin + pca.mean_ + place @ pca.components_).float()
+        model = three[0].model()
+        for name, own in model.named_parameters():
+            if own.ndim > 1:
+                part, vector = vector[: own.numel()], vector[own.numel() :]
+                own.data = part.view_as(own)
+            else:
+                own.data = sum(dict(m.named_parameters())[name].data for m in models) / 3
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.momentum = 1.0  # the statistics of the next batch alone
+        with torch.no_grad():
+            model.train()(learned.batch(torch.arange(60)))
+            model.eval()
+            for images, loss in ((learned, row.train), (test, row.test)):
+                logits = model(images.batch(torch.arange(60)))
+                assert loss == pytest.approx(cross_entropy(logits, images.labels), rel=1e-3)
+    assert table.train.std() > 1e-3
 
 
 # --- noise ----------------------------------------------------------------------------------------
@@ -239,3 +285,69 @@ def test_training_losses_are_those_of_all_training_images(tiny, tau):
     assert table.ce[0] == pytest.approx(cross_entropy(logits, images.labels), rel=1e-5)
     assert table.kd[0] == pytest.approx(tau**2 * divergence(teacher_logits, logits, tau), rel=1e-4)
     assert student.log.train_ce.iloc[-1] != pytest.approx(table.ce[0], rel=1e-3)
+
+
+# --- the stages of a chain ------------------------------------------------------------------------
+
+
+def test_a_chain_counts_and_joins_the_epochs_of_all_stages(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25", keep=(1, 2, 3))
+    chain = multi_stage(tiny(epochs=2, method=KD(teacher), seed=1), (1, 3, 3))
+    trained = train(chain)
+    assert [epochs_spent(stage) for stage in trained] == [2, 4, 6]
+    joined = stage_log(trained[-1], "test_top1")
+    assert joined.epoch.tolist() == [1, 2, 3, 4, 5, 6]
+    assert joined.test_top1.tolist() == [row["test_top1"] for t in trained for row in t.rows]
+
+
+def test_a_repeated_run_is_a_chain_of_equal_stages_that_begins_with_it(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25")
+    student = tiny(epochs=2, method=KD(teacher), seed=1, keep=(1,))
+    chain = multi_stage(student, (3, 3, 3))
+    assert [repeated(student, times).id for times in (1, 2, 3)] == [run.id for run in chain]
+    assert repeated(student, 2).start.keep == (1,)  # what it keeps is still kept
+
+
+def test_a_chain_at_equal_cost_has_as_many_stages(tiny):
+    teacher = tiny(epochs=3, model="resnet14-x0.25", keep=(1, 2, 3))
+    student = tiny(epochs=1, method=KD(teacher), seed=1)
+    runs = [multi_stage(student, route)[-1] for route in ((3, 3, 3), (1, 3), (1, 2, 3))]
+    longer, two, three = train(runs)
+    found = at_equal_cost([longer, longer, None], [two, three, two])
+    assert [stage.run for stage in found] == [longer.run.start, longer.run]
+
+
+def test_a_table_of_searches_says_what_ended_each(tiny):
+    teacher = tiny(epochs=4, model="resnet14-x0.25")
+    several = [
+        GreedySearch(tiny(epochs=1, method=KD(teacher), seed=seed), 1, delta, most=3)
+        for seed, delta in ((1, -10.0), (2, 1e9))
+    ]
+    table = searches(several, train(several))
+    assert table.loc[1].tolist() == ["1, 2, 4", "the limit of 3"]
+    assert table.loc[2].tolist() == ["1, 4", "Algorithm 2"]
+
+
+def test_targets_are_the_checkpoints_or_the_steps_of_a_teacher_that_learns(tiny):
+    teacher = tiny(epochs=4, model="resnet14-x0.25", keep=(1, 2, 3, 4))
+    methods = [
+        KD(teacher),
+        OneStage(KD(teacher), gap=2),
+        OneStage(KD(teacher), gap=1),
+        RocketLaunching("resnet8-x0.5", tiny().recipe),
+    ]
+    runs = [tiny(epochs=4, method=method, seed=1, batch=32) for method in methods]
+    images = runs[0].images
+    assert [target_count(t) for t in train(runs)] == [1, 2, 4, 4 * images // 32]
+
+
+def test_divergences_on_test_images_are_those_of_the_log_at_the_last_epoch(tiny):
+    teacher = tiny(epochs=2, model="resnet14-x0.25", keep=(1, 2))
+    student = train([tiny(method=KD(teacher, at=1), seed=1)])[0]
+    table = divergences_on_test(student, epochs=[1, 2])
+    images = load_data("digits", "test")
+    x = images.batch(torch.arange(len(images)))
+    for epoch, kl in zip(table.epoch, table.kl, strict=True):
+        taught = store.find_record(teacher).model(epoch)(x)
+        assert kl == pytest.approx(divergence(taught, student.model()(x), tau=5), rel=1e-4)
+    assert table.kl.nunique() == 2

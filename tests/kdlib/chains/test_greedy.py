@@ -73,7 +73,7 @@ def test_a_search_leads_from_its_first_anchor_to_the_teachers_last_epoch(
 
 @pytest.mark.parametrize("delta", [-0.05, 0.05])
 def test_the_anchors_follow_from_the_divergences(search, delta):
-    trained = train([search(delta=delta, teacher_epochs=6)])[0]
+    trained = train([search(delta=delta, teacher_epochs=6, most=6)])[0]
     found, seen = anchors(trained), divergences(trained)
     assert list(seen.columns) == ["epoch", "kl", "anchor"]
     assert seen.anchor.unique().tolist() == found[:-1]
@@ -82,6 +82,20 @@ def test_the_anchors_follow_from_the_divergences(search, delta):
         assert table.epoch.tolist() == [1, 2, 3, 4, 5, 6]
         assert max(algorithm_2([math.nan, *table.kl], anchor, delta), anchor + 1) == after
     assert found[-1] == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut"),
+    [
+        ({"delta": ALWAYS, "most": 3}, True),
+        ({"delta": ALWAYS, "most": 4}, False),  # Algorithm 2 leads to epoch 4 as well
+        ({"delta": NEVER, "most": 2}, False),
+        ({"delta": ALWAYS, "first": 4, "most": 1}, False),
+    ],
+)
+def test_a_search_is_cut_where_its_limit_chose_the_last_anchor(search, settings, cut):
+    searched = search(**settings)
+    assert searched.was_cut(train([searched])[0]) is cut
 
 
 def test_the_divergences_are_those_of_each_stages_student(search):
