@@ -120,16 +120,19 @@ def standing(claim: str) -> dict[str, str]:
     for path in sorted(files.results().glob("*/*/*/verdicts.csv")):
         table = pd.read_csv(path)
         table = table[(table.id == claim) | table.id.str.startswith(claim + "/")]
+        table = table[table.verdict != "not run"]
         found |= {f"{row.id} ({path.parts[-4]})": row.verdict for row in table.itertuples()}
     return found
 
 
-def add_entries(reasons: Path) -> None:
-    """Append entries for all changes since the last commit, one for each reason."""
+def add_entries(reasons: Path, since: str = "HEAD") -> None:
+    """Append entries for all changes since a commit, one for each reason."""
     lines = [line.partition("|") for line in reasons.read_text().splitlines() if "|" in line]
     why = {claim.strip(): text.strip() for claim, _, text in lines}
     path = (PUBLISHED / "claims.yaml").relative_to(files.ROOT).as_posix()
-    committed = subprocess.check_output(["git", "show", f"HEAD:{path}"], cwd=files.ROOT, text=True)
+    committed = subprocess.check_output(
+        ["git", "show", f"{since}:{path}"], cwd=files.ROOT, text=True
+    )
     entries: dict[str, dict] = {}
     for name, change in changes(rules(yaml.safe_load(committed)), rules(all_claims())).items():
         reason = next((why[p] for p in sorted(why, reverse=True) if fnmatch.fnmatch(name, p)), None)
@@ -148,4 +151,6 @@ def add_entries(reasons: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("reasons", type=Path, help="a file with lines: claim | why")
-    add_entries(parser.parse_args().reasons)
+    parser.add_argument("--since", default="HEAD", help="the commit to compare with")
+    options = parser.parse_args()
+    add_entries(options.reasons, options.since)

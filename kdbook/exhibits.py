@@ -25,8 +25,8 @@ from kdlib.store import Trained
 
 NO_EVIDENCE = "smoke run: no evidence"
 RECONSTRUCTED = (
-    "Parts of this exhibit are reconstructions: the paper's text has lost them "
-    "(`docs/decisions.md`, KR)."
+    "Some verdicts are on our reading of a part that the paper's text has lost or leaves open "
+    "(`docs/decisions.md`)."
 )
 # Exhibits of this book. The papers publish no numbers to compare with them.
 OWN = ("book/start_here", "stc/cut", "search/control", "kr/figure2", "kr/ablation")
