@@ -196,8 +196,10 @@ def name_points(axes: Axes, x: pd.Series, y: pd.Series, colors: Iterable[str]) -
 
 
 def stamp(figure: Figure, text: str) -> None:
-    """Write a text across the figure, so that every copy of the figure has the text."""
-    figure.text(
-        0.5, 0.5, text, ha="center", va="center", rotation=20, fontsize=22, color="#000000",
-        alpha=0.10, zorder=10,
-    )  # fmt: skip
+    """Write a text above all axes, with a frame, so that every copy of the figure has the text."""
+    strip = 0.2 / figure.get_figheight()
+    if engine := figure.get_layout_engine():
+        engine.set(rect=(0, 0, 1, 1 - strip))
+    place = {"ha": "center", "va": "center", "fontsize": 8}
+    figure.text(0.5, 1 - strip / 2, text, color=VERMILION, weight="bold", **place)
+    figure.patch.set(edgecolor=VERMILION, linewidth=2)
