@@ -102,7 +102,15 @@ METHODS = {
     MutualLearning: (dict(zip(PAIR, PEER, strict=True)), {}),
     Penalised: (
         {},
-        {"penalty": "l1", "weight": 0.1, "gain": 3.0, "pull": 0.5, "bins": 10, "every": 10},
+        {
+            "base": KD(TEACHER),
+            "penalty": "l1",
+            "weight": 0.1,
+            "gain": 3.0,
+            "pull": 0.5,
+            "bins": 10,
+            "every": 10,
+        },
     ),
     OneStage: ({"method": KD(TEACHER), "gap": 1}, {"method": Hint(TEACHER), "gap": 2}),
 }
