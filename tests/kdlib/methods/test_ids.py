@@ -13,6 +13,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     FactorTransfer,
     GateSearch,
@@ -70,6 +71,20 @@ METHODS = {
         },
     ),
     KR: (
+        {"teacher": TEACHER, "prior": SECOND_RECIPE},
+        {
+            "at": 1,
+            "prior": OTHER_RECIPE,
+            "posterior": KD(TEACHER),
+            "n": 4,
+            "beta": 0.5,
+            "gamma": 0.5,
+            "gain": 1.0,
+            "threshold": "fixed",
+            "pull": 0.1,
+        },
+    ),
+    AggregateKR: (
         {"teacher": TEACHER, "prior": SECOND_RECIPE},
         {
             "at": 1,
