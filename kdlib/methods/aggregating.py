@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib import losses
 from kdlib.methods.penalties import weights_of
-from kdlib.methods.representing import Group, Representing, pair_layers, shapes_of
+from kdlib.methods.representing import Group, Representing, pair_layers, shapes_of, thresholds_of
 from kdlib.models.precision import InFloat32
 from kdlib.models.staged import adapter, batch_norm, conv
 from kdlib.runs import SGD
@@ -109,14 +109,7 @@ class Recoding(InFloat32):
             adapter(ours[g.stage][g.student], theirs[g.stage][g.teacher[0]]) for g in groups
         )
         self.register_buffer("start", start.clone())
-        thresholds = start.repeat(len(groups))
-        match settings.threshold:
-            case "learned":
-                self.thresholds = nn.Parameter(thresholds)
-            case "fixed":
-                self.register_buffer("thresholds", thresholds)
-            case "none":
-                self.thresholds = None
+        self.thresholds = thresholds_of(settings.threshold, start.repeat(len(groups)))
 
     def forward(self, ours: list[list[Tensor]], aggregates: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""

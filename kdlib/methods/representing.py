@@ -160,13 +160,7 @@ class Aggregation(InFloat32):
             adapter(ours[g.stage][g.student], theirs[g.stage][g.teacher[0]]) for g in self.groups
         )
         start = torch.full((len(self.groups),), torch.nan)
-        match settings.threshold:
-            case "learned":
-                self.thresholds = nn.Parameter(start)
-            case "fixed":
-                self.register_buffer("thresholds", start)
-            case "none":
-                self.thresholds = None
+        self.thresholds = thresholds_of(settings.threshold, start)
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
         """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""
@@ -193,6 +187,12 @@ class Aggregation(InFloat32):
         pull = self.settings.pull if self.settings.threshold == "learned" else 0.0
         pulls = pull * (self.thresholds - means).square()
         return self.thresholds.clamp(min=0).unbind(), pulls.unbind()
+
+
+def thresholds_of(kind: str, start: Tensor) -> nn.Parameter | nn.Buffer | None:
+    """The ``thresholds`` of a module; one of the kinds of ``THRESHOLDS``."""
+    kinds = {"learned": nn.Parameter, "fixed": nn.Buffer}
+    return kinds[kind](start) if kind in kinds else None
 
 
 def shapes_of(features: list[list[Tensor]]) -> list[list[torch.Size]]:
