@@ -237,7 +237,7 @@ class Exhibit:
         about = self.provenance()
         if self.cells:
             warning = "" if self._is_evidence else f"\n**{NO_EVIDENCE}.**\n"
-            if any(verdict.reconstruction for verdict in self._verdicts()):
+            if any(v.reconstruction and v.verdict != "not run" for v in self._verdicts()):
                 warning += f"\n{RECONSTRUCTED}\n"
             title = f"# {self.name}, profile {self.profile.folder}, {about['data'] or 'no data'}\n"
             text = f"{title}{warning}\n{wording.markdown(self.table())}\n"

@@ -11,15 +11,16 @@ NEGLIGIBLE = 0.01
 
 
 def training_curve(trained: Trained) -> pd.DataFrame:
-    """The cross-entropy along a run of ``Penalised``: columns iteration, ce.
+    """The loss without penalty along a run of ``Penalised``: columns iteration, and ce or base.
 
-    ``ce`` is the mean over the iterations after the previous row, up to ``iteration``.
+    It is the mean over the iterations after the previous row, up to ``iteration``.
     """
     if "curve" not in trained.summary:
         raise ValueError(f"The record of {trained.run} has no curve. Train with Penalised().")
     curve = trained.summary["curve"]
-    every, ce = curve["every"], curve["ce"]
-    return pd.DataFrame({"iteration": range(every, every * len(ce) + 1, every), "ce": ce})
+    every = curve["every"]
+    ((term, means),) = ((name, values) for name, values in curve.items() if name != "every")
+    return pd.DataFrame({"iteration": range(every, every * len(means) + 1, every), term: means})
 
 
 def kernel_sparsity(trained: Trained) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     FactorTransfer,
     GateSearch,

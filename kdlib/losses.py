@@ -88,6 +88,33 @@ def recoding(
     return gain / 2 * mean
 
 
+def gated_recoding(
+    residual: Tensor, threshold: Tensor | float, gain: float, width: Tensor | float
+) -> Tensor:
+    """Mean of gain/2·u²·1[|u| > t], the penalty in a second reading of KR (Eq. 3, 4).
+
+    It is flat within t and jumps at t, so it is not convex. Its gradient is 0 where |u| ≤ t, and
+    gain·u elsewhere. The step has no gradient in t; in its place stands that of the sigmoid
+    σ((|u| - t) / width), a surrogate gradient.
+    """
+    size = residual.detach().abs()
+    soft = torch.sigmoid((size - threshold) / width)
+    gate = (size > threshold).to(size.dtype) + (soft - soft.detach())
+    return gain / 2 * (gate * residual.square()).mean()
+
+
+def aggregation(aggregate: Tensor, features: Tensor) -> Tensor:
+    """Σ_l w_l·mean (F_A - F_l)², w the ``aggregation_weights`` (KR, Eq. 9).
+
+    Args:
+        aggregate: F_A, of the shape of one of the features.
+        features: F_l of neighbouring layers, ``[m, …]``.
+    """
+    features = features.detach()
+    distances = (aggregate - features).square().flatten(1).mean(1)
+    return aggregation_weights(features) @ distances
+
+
 def aggregation_weights(features: Tensor) -> Tensor:
     """Weights ``[m]`` of features ``[m, …]``: their standard deviations over the sum of these.
 

@@ -11,6 +11,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     FactorTransfer,
     Hint,
@@ -38,6 +39,7 @@ WITH_PRIOR = {
 METHODS = {
     "CE": RUN.method,
     **WITH_PRIOR,
+    "KR, second reading": AggregateKR(WIDER, prior=SLOWER),
     "Rocket": RocketLaunching("resnet14-x0.5", SLOWER, kd_weight=0.7),
     "DML": MutualLearning("resnet14-x0.5", SLOWER),
     "KDGAN": KDGAN(WIDER, **GAN),
@@ -52,6 +54,7 @@ METHODS = {
     "Hint alone": Hint(WIDER, stage=2, ce_weight=0.0),
     "sparse": Penalised(penalty="sparse", bins=5, every=10),
     "l1": Penalised(penalty="l1"),
+    "sparse + KD": Penalised(penalty="sparse", base=KD(WIDER), bins=5, every=10),
 }
 
 

@@ -1,5 +1,6 @@
 """How a student learns: one file per idea."""
 
+from kdlib.methods.aggregating import AggregateKR
 from kdlib.methods.collaboration import STC
 from kdlib.methods.distill import KD, FromTeacher, OnLogits, Wrapper
 from kdlib.methods.gates import GateSearch

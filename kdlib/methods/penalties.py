@@ -1,22 +1,23 @@
-"""Penalties on a network that learns from labels: L1, L2, sparse recoding of the gradients."""
+"""Penalties on a network that learns from logits: L1, L2, sparse recoding of the gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from kdlib.methods.distill import KD, Wrapper
 from kdlib.models.precision import AutocastNetwork, InFloat32
-from kdlib.runs import Curve, Method
+from kdlib.runs import CrossEntropy, Curve
 
 PENALTIES = ("none", "l1", "l2", "sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Penalised(Method):
-    """CE with a penalty on the weights of convolutions and linear layers (KR §4.1, Figures 4, 5).
+class Penalised(Wrapper):
+    """CE or KD with a penalty on the weights of convolutions and linear layers (KR Figures 4, 5).
 
     ``l1`` and ``l2`` add weight·Σ|w| and weight/2·Σw² to the loss. ``sparse`` is this project's
     reconstruction of the sparse recoding penalty, which "penalizes the gradients directly": every
@@ -24,10 +25,17 @@ class Penalised(Method):
     own threshold t. It starts at the mean magnitude of the layer's first gradient, and then
     minimises mean ρ(g) + pull·(t - mean|g|)² by gradient descent.
 
-    The record keeps a curve of CE: ``bins`` means over ``every`` steps each.
+    The record keeps a curve of the loss of ``base``, without the penalty: ``bins`` means over
+    ``every`` steps each, with the name ``ce`` for CE and ``base`` for KD.
 
-    Raises ValueError for an unknown penalty, a number below 0, and a curve without bins or steps.
+    Attributes:
+        base: what the network learns from, CrossEntropy or KD.
+
+    Raises ValueError for an unknown penalty, a number below 0, a curve without bins or steps, and
+    another base.
     """
+
+    base: CrossEntropy | KD = CrossEntropy()
 
     penalty: str = "none"
     weight: float = 1e-4
@@ -44,10 +52,20 @@ class Penalised(Method):
             raise ValueError(f"weight, gain and pull must be at least 0: {self}.")
         if self.penalty not in PENALTIES:
             raise ValueError(f"Unknown penalty {self.penalty!r}. Known: {', '.join(PENALTIES)}.")
+        if not isinstance(self.base, CrossEntropy | KD):
+            raise ValueError(f"The base is CrossEntropy or KD, not {type(self.base).__name__}.")
+
+    @property
+    def inner(self):
+        return self.base
+
+    def teacher_at(self, epoch):
+        return self.base.teacher_at(epoch)
 
     @property
     def curve(self):
-        return Curve("ce", self.every, self.bins)
+        term = "ce" if isinstance(self.base, CrossEntropy) else "base"
+        return Curve(term, self.every, self.bins)
 
     def aux_modules(self, student, teacher, x):
         return {"thresholds": Thresholds(len(weights_of(student)))} if self.is_sparse else {}
@@ -64,18 +82,17 @@ class Penalised(Method):
                 name: Recode.apply(weight, threshold, self.gain, self.pull)
                 for (name, weight), threshold in zip(weights.items(), thresholds, strict=True)
             }
-            logits = step.student.with_weights(recoded, step.x)
-        else:
-            logits = step.student(step.x)
-        ce = F.cross_entropy(logits, step.labels)
+            step = step._replace(student=partial(step.student.with_weights, recoded))
+        logits, terms = self.base.loss(step)
+        terms[self.curve.term] = terms["loss"]
         match self.penalty:
             case "l1":
                 penalty = self.weight * sum(weight.abs().sum() for weight in weights.values())
             case "l2":
                 penalty = self.weight / 2 * sum(w.square().sum() for w in weights.values())
             case _:
-                return logits, {"loss": ce, "ce": ce}
-        return logits, {"loss": ce + penalty, "ce": ce, "penalty": penalty}
+                return logits, terms
+        return logits, terms | {"loss": terms["loss"] + penalty, "penalty": penalty}
 
 
 def weights_of(network: nn.Module | AutocastNetwork) -> dict[str, nn.Parameter]:

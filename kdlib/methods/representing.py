@@ -24,18 +24,8 @@ THRESHOLDS = ("learned", "fixed", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KR(Wrapper, FromTeacher):
-    """Knowledge Representing: learn a teacher's prior and posterior knowledge, in turn.
-
-    Every step begins with an update by the prior, the sum over groups of
-
-        beta·Σ_l w_l·mean ρ(A(F_s) - F_l).
-
-    A group is up to n neighbouring layers of the teacher. F_l are their features, and w_l the
-    standard deviations of the features over the sum of these. F_s is the feature of the student's
-    layer, A an adapter that is trained with the student, ρ the sparse recoding penalty. Then
-    follows an update by the posterior, D + gamma·(the same penalty). Each update has an optimizer,
-    a rate and a schedule of its own.
+class Representing(Wrapper, FromTeacher):
+    """Base of KR: two optimizers in turn, of a teacher's prior and of its posterior knowledge.
 
     Attributes:
         prior: rate and schedule of the first update. Epochs and batch are those of the student;
@@ -43,11 +33,11 @@ class KR(Wrapper, FromTeacher):
         posterior: D, the method on logits: CrossEntropy, KD, NST, KDGAN or another. It learns from
             the checkpoint ``at`` of KR, not from its own.
         n: 3; 4 on ImageNet.
-        gain: a of ρ.
-        threshold: t of ρ: ``learned`` for each group, from the mean |A(F_s) - F_l| of the first
-            batch; ``fixed`` at this mean; ``none``, which with ``gain`` 1 is KR-Dense.
-        pull: t minimises beta·(Σ_l w_l·mean ρ + pull·(t - mean |A(F_s) - F_l|)²) by gradient
-            descent. Without the second term t would grow without limit. gamma does not change t.
+        beta, gamma: weights of the two parts, as the subclass says.
+        gain: a of the penalty ρ.
+        threshold: t of ρ, one for each group: ``learned``, ``fixed`` at its start, or ``none``,
+            which with ``gain`` 1 is KR-Dense.
+        pull: weight of the term that keeps a learned t from growing without limit.
 
     Raises ValueError for an unknown threshold, a number outside its range, and a posterior that
     learns from another teacher, is a Wrapper or is a search; TypeError for an n that is no integer.
@@ -91,6 +81,31 @@ class KR(Wrapper, FromTeacher):
     def needs_logits(self):
         return self.posterior.needs_logits and isinstance(self.posterior, FromTeacher)
 
+    def metrics(self, modules):
+        thresholds = modules["prior"].thresholds
+        found = {} if thresholds is None else {"threshold": thresholds.mean().item()}
+        return found | self.posterior.metrics(modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KR(Representing):
+    """Knowledge Representing: learn a teacher's prior and posterior knowledge, in turn.
+
+    Every step begins with an update by the prior, the sum over groups of
+
+        beta·Σ_l w_l·mean ρ(A(F_s) - F_l).
+
+    A group is up to n neighbouring layers of the teacher. F_l are their features, and w_l the
+    standard deviations of the features over the sum of these. F_s is the feature of the student's
+    layer, A an adapter that is trained with the student, ρ the sparse recoding penalty. Then
+    follows an update by the posterior, D + gamma·(the same penalty). Each update has an optimizer,
+    a rate and a schedule of its own.
+
+    A threshold starts at the mean |A(F_s) - F_l| of the first batch. A learned one minimises
+    beta·(Σ_l w_l·mean ρ + pull·(t - mean |A(F_s) - F_l|)²) by gradient descent; gamma does not
+    change it.
+    """
+
     def aux_modules(self, student, teacher, x):
         prior = Aggregation(student.layers(x), teacher.layers(x), self)
         return {"prior": prior, **self.posterior.aux_modules(student, teacher, x)}
@@ -113,11 +128,6 @@ class KR(Wrapper, FromTeacher):
         if self.gamma:
             terms = terms | {"loss": terms["loss"] + self.gamma * self.represent(step)[0]}
         return logits, terms
-
-    def metrics(self, modules):
-        thresholds = modules["prior"].thresholds
-        found = {} if thresholds is None else {"threshold": thresholds.mean().item()}
-        return found | self.posterior.metrics(modules)
 
 
 class Group(NamedTuple):
@@ -145,18 +155,12 @@ class Aggregation(InFloat32):
     def __init__(self, ours: list[list[Tensor]], theirs: list[list[Tensor]], settings: KR):
         super().__init__()
         self.settings = settings
-        self.groups = pair_layers(_shapes(ours), _shapes(theirs), settings.n)
+        self.groups = pair_layers(shapes_of(ours), shapes_of(theirs), settings.n)
         self.adapters = nn.ModuleList(
             adapter(ours[g.stage][g.student], theirs[g.stage][g.teacher[0]]) for g in self.groups
         )
         start = torch.full((len(self.groups),), torch.nan)
-        match settings.threshold:
-            case "learned":
-                self.thresholds = nn.Parameter(start)
-            case "fixed":
-                self.register_buffer("thresholds", start)
-            case "none":
-                self.thresholds = None
+        self.thresholds = thresholds_of(settings.threshold, start)
 
     def forward(self, ours: list[list[Tensor]], theirs: list[list[Tensor]]):
         """The sum of penalty and pull over all groups; the share of residuals beyond thresholds."""
@@ -185,7 +189,13 @@ class Aggregation(InFloat32):
         return self.thresholds.clamp(min=0).unbind(), pulls.unbind()
 
 
-def _shapes(features: list[list[Tensor]]) -> list[list[torch.Size]]:
+def thresholds_of(kind: str, start: Tensor) -> nn.Parameter | nn.Buffer | None:
+    """The ``thresholds`` of a module; one of the kinds of ``THRESHOLDS``."""
+    kinds = {"learned": nn.Parameter, "fixed": nn.Buffer}
+    return kinds[kind](start) if kind in kinds else None
+
+
+def shapes_of(features: list[list[Tensor]]) -> list[list[torch.Size]]:
     return [[feature.shape[1:] for feature in layers] for layers in features]
 
 

@@ -33,3 +33,28 @@ def test_a_mean_has_a_band_from_the_smallest_seed_to_the_largest():
     corners = axes.collections[0].get_paths()[0].vertices
     assert {tuple(corner) for corner in corners} >= {(1, 1), (1, 3), (2, 2), (2, 8)}
     plt.close(figure)
+
+
+def test_a_gain_far_from_the_papers_is_a_number_at_the_end_of_the_axis():
+    gains = pd.DataFrame(
+        {"paper": [1.0, 2.0, None], "ours": [0.5, -30.0, -3.0], "low": None, "high": None},
+        index=["NST", "KR", "KD"],
+        dtype=float,
+    )
+    _, axes = plt.subplots()
+    figures.draw_gains(axes, gains)
+    figures.break_axis(axes, gains)
+    low, high = axes.get_xlim()
+    assert -6 < low < -3
+    assert 2 < high < 6
+    assert [(t.get_text(), t.xy[1]) for t in axes.texts] == [("◂ -30.0", 1)]
+
+
+def test_an_axis_without_such_a_gain_stays_whole():
+    gains = pd.DataFrame({"paper": [1.0], "ours": [-1.5], "low": [-2.0], "high": [-1.0]}, ["KR"])
+    _, axes = plt.subplots()
+    figures.draw_gains(axes, gains)
+    before = axes.get_xlim()
+    figures.break_axis(axes, gains)
+    assert axes.get_xlim() == before
+    assert not axes.texts

@@ -9,12 +9,13 @@ from kdbook.kr import kernel_sparsity, kernels, training_curve
 from kdlib import Penalised, train
 
 
-def test_a_curve_is_read_from_the_record():
-    curve = {"every": 4, "ce": [2.5, 1.25, 0.5]}
+@pytest.mark.parametrize("term", ["ce", "base"])
+def test_a_curve_is_read_from_the_record(term):
+    curve = {"every": 4, term: [2.5, 1.25, 0.5]}
     table = training_curve(SimpleNamespace(summary={"curve": curve}))
-    assert [*table.columns] == ["iteration", "ce"]
+    assert [*table.columns] == ["iteration", term]
     assert table.iteration.tolist() == [4, 8, 12]
-    assert table.ce.tolist() == [2.5, 1.25, 0.5]
+    assert table[term].tolist() == [2.5, 1.25, 0.5]
 
 
 def test_a_run_without_a_curve_is_refused(tiny):

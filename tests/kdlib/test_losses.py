@@ -253,7 +253,46 @@ def test_recoding_of_several_residuals_sums_their_means_by_weight():
     torch.testing.assert_close(losses.recoding(u, 0.5, 3.0, weights), expected)
 
 
+def test_gated_recoding_is_flat_within_its_threshold_and_jumps_at_it():
+    u = torch.tensor([-3.0, -2.5, -2.0, -0.5, 0.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+    u.requires_grad_()
+    threshold = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = losses.gated_recoding(u, threshold, gain=3.0, width=0.5)
+    loss.backward()
+    assert loss.item() == 3 / 2 * (9 + 6.25 + 16) / 8  # no -t² beyond
+    assert (8 * u.grad).tolist() == [-9.0, -7.5, 0, 0, 0, 0, 0, 12.0]
+    size = u.detach().abs().numpy()
+    share = 1 / (1 + np.exp(-(size - 2) / 0.5))
+    slope = -np.mean(3 / 2 * size**2 * share * (1 - share) / 0.5)
+    assert threshold.grad.item() == pytest.approx(slope, rel=1e-12)
+
+
+def test_gated_recoding_is_not_convex_and_without_threshold_it_is_a_square():
+    def at(u, threshold=1.0):
+        return losses.gated_recoding(torch.tensor(u).double(), threshold, 1.0, 0.1).item()
+
+    assert at([0.9]) == at([1.0]) == 0
+    assert at([1.2]) > (at([0.9]) + at([1.5])) / 2  # above the chord: not convex
+    assert at([0.3, -2.0], threshold=0.0) == pytest.approx((0.09 + 4) / 4)
+
+
 # --- aggregation ----------------------------------------------------------------------------------
+
+
+def test_the_aggregation_of_features_weighs_their_distances():
+    features, (aggregate,) = torch.stack(make((4, 3, 3), (4, 3, 3))), make((4, 3, 3), seed=5)
+    features[1] *= 3
+    aggregate.requires_grad_()
+    loss = losses.aggregation(aggregate, features)
+    spread = features.numpy().std((1, 2, 3, 4))
+    w = spread / spread.sum()
+    pairs = zip(w, features.numpy(), strict=True)
+    expected = sum(wl * ((aggregate.detach().numpy() - f) ** 2).mean() for wl, f in pairs)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss, aggregate)
+    mean = np.tensordot(w, features.numpy(), 1)  # the weighted mean is the minimum
+    by_hand = 2 * (aggregate.detach().numpy() - mean) / gradient.numel()
+    np.testing.assert_allclose(gradient.numpy(), by_hand, rtol=1e-9)
 
 
 def test_aggregation_weights_are_shares_of_the_standard_deviations():

@@ -12,6 +12,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     CrossEntropy,
     FactorTransfer,
@@ -67,10 +68,12 @@ METHODS = {
     "STC": (WIDER, lambda t: STC(t, alpha=0.3, cut=2)),
     "KR": (WIDER, lambda t: KR(t, prior=t.recipe)),
     "KR + KDGAN": (WIDER, lambda t: KR(t, prior=t.recipe, posterior=KDGAN(t, **gan(t.recipe)))),
+    "KR, second reading": (WIDER, lambda t: AggregateKR(t, prior=t.recipe)),
     "DML": (WIDER, lambda t: MutualLearning(t.model, t.recipe)),
     "Rocket": (WIDER, lambda t: RocketLaunching(t.model, t.recipe)),
     "KDGAN": (WIDER, lambda t: KDGAN(t, **gan(t.recipe))),
     "sparse": (None, lambda t: Penalised(penalty="sparse", bins=5, every=2)),
+    "sparse + KD": (WIDER, lambda t: Penalised(penalty="sparse", base=KD(t), bins=5, every=2)),
     "search": ("resnet8-x0.25", lambda t: GateSearch(t, budget=0.5, strength=0.03)),
 }
 

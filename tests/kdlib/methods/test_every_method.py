@@ -18,6 +18,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     FactorTransfer,
     Hint,
@@ -60,6 +61,7 @@ FROM_TEACHER = {
     "KR + KD": lambda t: kr(t, posterior=KD(t), gamma=0.1),
     "KR + NST": lambda t: kr(t, posterior=NST(t, nst_weight=5.0)),
     "KR + KDGAN": lambda t: kr(t, posterior=kdgan(t), threshold="fixed"),
+    "KR, second reading": lambda t: AggregateKR(t, prior=SECOND_RECIPE),
 }
 ROUTES = {
     f"{name} in one stage": lambda t, name=name: OneStage(FROM_TEACHER[name](t), gap=1)
@@ -87,6 +89,7 @@ AUX = {
     "KR + KD": {"prior"},
     "KR + NST": {"prior"},
     "KR + KDGAN": {"prior", "teacher", "discriminator"},
+    "KR, second reading": {"prior", "aggregate"},
     "Rocket Launching": {"peer"},
     "DML": {"peer"},
     "penalty sparse": {"thresholds"},

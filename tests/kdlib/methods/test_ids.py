@@ -13,6 +13,7 @@ from kdlib.methods import (
     KR,
     NST,
     STC,
+    AggregateKR,
     AttentionTransfer,
     FactorTransfer,
     GateSearch,
@@ -83,6 +84,20 @@ METHODS = {
             "pull": 0.1,
         },
     ),
+    AggregateKR: (
+        {"teacher": TEACHER, "prior": SECOND_RECIPE},
+        {
+            "at": 1,
+            "prior": OTHER_RECIPE,
+            "posterior": KD(TEACHER),
+            "n": 4,
+            "beta": 0.5,
+            "gamma": 0.5,
+            "gain": 1.0,
+            "threshold": "fixed",
+            "pull": 0.1,
+        },
+    ),
     GateSearch: (
         {"teacher": TEACHER, "budget": 0.5},
         {
@@ -102,7 +117,15 @@ METHODS = {
     MutualLearning: (dict(zip(PAIR, PEER, strict=True)), {}),
     Penalised: (
         {},
-        {"penalty": "l1", "weight": 0.1, "gain": 3.0, "pull": 0.5, "bins": 10, "every": 10},
+        {
+            "base": KD(TEACHER),
+            "penalty": "l1",
+            "weight": 0.1,
+            "gain": 3.0,
+            "pull": 0.5,
+            "bins": 10,
+            "every": 10,
+        },
     ),
     OneStage: ({"method": KD(TEACHER), "gap": 1}, {"method": Hint(TEACHER), "gap": 2}),
 }

@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from by_hand import assert_same_weights, first_student, train_by_hand
+from by_hand import assert_same_weights, first_student, kl, train_by_hand
 from helpers import aux_of, new_trainer
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib import train
+from kdlib import store, train
 from kdlib.engine import state
-from kdlib.methods import Penalised
+from kdlib.methods import KD, NST, Penalised
 from kdlib.methods.penalties import PENALTIES, Recode
 
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
@@ -59,13 +59,20 @@ def test_a_threshold_below_zero_becomes_zero():
 
 
 @every_penalty
-@pytest.mark.parametrize("model", ["lenet", "resnet8-x0.25"])
-def test_training_equals_a_plain_pytorch_loop(tiny, model, penalty):
+@pytest.mark.parametrize(
+    ("model", "taught"), [("lenet", False), ("resnet8-x0.25", False), ("lenet", True)]
+)
+def test_training_equals_a_plain_pytorch_loop(tiny, model, taught, penalty):
     """Few steps: a rounding error can move a gradient over its threshold."""
-    method = Penalised(penalty=penalty, weight=0.003, gain=1.5, pull=0.7, bins=9, every=1)
+    settings = {"penalty": penalty, "weight": 0.003, "gain": 1.5, "pull": 0.7}
+    teacher = tiny(epochs=1, model="lenet-x2")
+    base = {"base": KD(teacher, ce_weight=0.3, kd_weight=0.6, temperature=3)} if taught else {}
+    method = Penalised(bins=9, every=1, **settings, **base)
     run = tiny(model=model, batch=60, milestones=(1,), method=method, seed=2, lr=0.02)
+    before = train([teacher])[0].summary["weights"]
     trained = train([run])[0]
-    network, losses = first_student(run), []
+    assert store.find_record(teacher).summary["weights"] == before
+    network, losses, taught_by = first_student(run), [], store.find_record(teacher).model()
     kinds = (nn.Conv2d, nn.Linear)  # biases and batch norm have no penalty
     weights = [module.weight for module in network.modules() if isinstance(module, kinds)]
     thresholds = [nn.Parameter(torch.full((), torch.nan)) for _ in weights]
@@ -84,7 +91,10 @@ def test_training_equals_a_plain_pytorch_loop(tiny, model, penalty):
             weight.register_hook(partial(recode, threshold))
 
     def step(x, labels):
-        loss = F.cross_entropy(network(x), labels)
+        logits = network(x)
+        loss = F.cross_entropy(logits, labels)
+        if taught:
+            loss = 0.3 * loss + 0.6 * kl(taught_by(x), logits, 3)
         losses.append(loss.item())
         if penalty == "l1":
             loss = loss + method.weight * sum(w.abs().sum() for w in weights)
@@ -100,7 +110,8 @@ def test_training_equals_a_plain_pytorch_loop(tiny, model, penalty):
     if penalty == "sparse":
         expected = [threshold.item() for threshold in thresholds]
         assert aux["thresholds.values"].tolist() == pytest.approx(expected, rel=1e-4)
-    assert trained.summary["curve"] == {"every": 1, "ce": pytest.approx(losses, rel=1e-4)}
+    term = "base" if taught else "ce"
+    assert trained.summary["curve"] == {"every": 1, term: pytest.approx(losses, rel=1e-4)}
     assert len(losses) == 4
 
 
@@ -141,3 +152,8 @@ def test_a_method_that_reads_gradients_never_trains_in_half_precision(tiny, monk
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Penalised(**change)
+
+
+def test_another_base_is_refused(tiny):
+    with pytest.raises(ValueError, match="CrossEntropy or KD, not NST"):
+        Penalised(base=NST(tiny()))
