@@ -100,6 +100,9 @@ class Exhibit:
             if run.id not in self.used and (record := store.find_record(run)):
                 self.used[run.id] = record
 
+    def check(self, text: str, passed: bool, rows: Iterable[str] | None = None) -> None:
+        """A failed check withholds the verdicts on claims that name one of ``rows`` (None: all)."""
+
     # --- showing ----------------------------------------------------------------------------------
 
     def long_table(self) -> pd.DataFrame:
