@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdlib import store
 from kdlib.chains.divergence import training_images
 from kdlib.data import Images
-from kdlib.engine.state import trained_modules
+from kdlib.engine.state import lent_module, trained_modules
 from kdlib.methods import Step
 from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.runs import Run
@@ -60,9 +60,8 @@ def _step(run: Run, images: Images) -> Step:
     x = images.batch(torch.arange(len(images), device=images.device))
     pretrained, teacher, teacher_logits = {}, None, None
     for name, other in run.method.pretrained().items():
-        last = other.recipe.epochs
-        expected = store.require_record(other).summary["weights"][str(last)]
-        pretrained[name] = trained_modules(other, last, images, expected)[name]
+        expected = store.require_record(other).summary["weights"][str(other.recipe.epochs)]
+        pretrained[name] = lent_module(other, name, images, expected)
     if checkpoint := run.method.teacher_at(run.recipe.epochs - 1):
         network = store.require_record(checkpoint.run).model(checkpoint.epoch).to(images.device)
         with torch.no_grad():

@@ -233,6 +233,20 @@ def test_notebook_keeps_to_the_house_rules(exhibit):
         assert golden == bool(cell.outputs) == (cell.execution_count is not None)
 
 
+def test_no_notebook_holds_a_control_character():
+    """Such as the vertical tab that \\v becomes in a text without a raw string."""
+    found = {
+        exhibit: odd
+        for exhibit, content in NOTEBOOKS.items()
+        if (
+            odd := re.findall(
+                r"[^\n\t -~\u00a0-\U0010ffff]", "".join(c.source for c in content.cells)
+            )
+        )
+    }
+    assert found == {}
+
+
 def test_notebooks_import_from_kdlib_and_kdbook_alone():
     found = {}
     for exhibit, content in NOTEBOOKS.items():

@@ -1,6 +1,6 @@
 """How a student learns: one file per idea."""
 
-from kdlib.methods.collaboration import STC
+from kdlib.methods.collaboration import STC, FreshBack
 from kdlib.methods.distill import KD, FromTeacher, OnLogits, Wrapper
 from kdlib.methods.gates import GateSearch
 from kdlib.methods.hints import (
