@@ -161,6 +161,34 @@ def draw_gains(
     axes.set_ylim(len(gains) - 0.5, -0.5)
 
 
+def break_axis(axes: Axes, gains: pd.DataFrame) -> None:
+    """End the x axis of ``draw_gains`` near the paper's gains; write what lies beyond as numbers.
+
+    Near is within twice the paper's range, which includes 0.
+    """
+    low, high = min(0, gains.paper.min()), max(0, gains.paper.max())
+    room = 2 * (high - low)
+    ours = gains.ours.dropna()
+    near = ours.between(low - room, high + room)
+    if near.all():
+        return
+    shown = [low, high, *ours[near]]
+    space = 0.25 * (max(shown) - min(shown))
+    axes.set_xlim(min(shown) - space, max(shown) + space)
+    for method, gain in ours[~near].items():
+        left = gain < low
+        axes.annotate(
+            f"◂ {gain:+.1f}" if left else f"{gain:+.1f} ▸",
+            (0.01 if left else 0.99, gains.index.get_loc(method)),
+            xycoords=("axes fraction", "data"),
+            ha="left" if left else "right",
+            va="center",
+            fontsize=7,
+            color=OURS["color"],
+            bbox={"fc": "white", "ec": "none", "pad": 1},
+        )
+
+
 def name_gains(figure: Figure, copied: str = "", other: str = "") -> None:
     """The legend of ``draw_gains``, with labels for ``copied`` and ``other`` if they are drawn."""
     paper = {"marker": "D", "mfc": BLUE, "mec": BLUE}
