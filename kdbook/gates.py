@@ -25,9 +25,9 @@ def shrinking(trained: Trained, factors: Sequence[float], count: int = 512) -> p
     same network with open gates, with batch norm's statistics of this batch, the first ``count``
     training images, and with its running statistics.
     """
-    network, images = trained.model(), training_images(trained.run).first(count)
+    images = training_images(trained.run).first(count)
     x = images.batch(torch.arange(len(images), device=images.device)).cpu()
-    gates = Gates(Channels(network, images.size))
+    gates = Gates(Channels(trained.model(), images.size))
     names = np.repeat([r.name for r in gates.channels.gated], gates.channels.sizes)
     inside = torch.tensor([n.startswith("body.0.") and n.endswith("conv2") for n in names])
     half = inside & (torch.rand(len(names), generator=torch.manual_seed(0)) < 0.5)
@@ -35,14 +35,12 @@ def shrinking(trained: Trained, factors: Sequence[float], count: int = 512) -> p
     cases["a random half closed"] = torch.where(half, 0.0, 1.0)
     found = {name: [] for name in cases}
     for training in (True, False):
-        network.train(training)
-        before = {k: v.clone() for k, v in network.state_dict().items()}
+        network = trained.model().train(training)
         whole = network(x)
         for name, values in cases.items():
             gates.values.copy_(values)
             logits = functional_call(network, gates(network), (x,))
             found[name].append(losses.kd(logits, whole, temperature=4.0).item())
-        network.load_state_dict(before)  # batch norms have counted these images
     table = pd.DataFrame.from_dict(found, orient="index", columns=["batch", "running"])
     return table.rename_axis("gates").reset_index()
 

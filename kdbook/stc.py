@@ -148,19 +148,19 @@ def draw_collaboration(axes: Axes) -> None:
     for place, text in texts.items():
         axes.text(*place, text, ha="center", va="center")
     arrows = [
-        ((0.8, 2.2), (1.5, 2.9), figures.BLACK, "-"),
-        ((0.8, 1.8), (1.5, 1.1), figures.BLACK, "-"),
-        ((3.7, 3.2), (5.2, 3.2), figures.BLUE, "-"),
-        ((7.3, 3.3), (8.3, 3.4), figures.BLUE, "-"),
-        ((3.7, 0.9), (5.2, 0.9), figures.VERMILION, "-"),
-        ((7.3, 0.9), (8.5, 0.9), figures.VERMILION, "-"),
-        ((3.5, 1.3), (5.2, 2.8), figures.GREEN, "-"),
-        ((7.3, 2.9), (8.7, 2.6), figures.GREEN, "-"),
-        ((5.6, 2.6), (3.9, 1.1), figures.PURPLE, "--"),
+        ((0.7, 2.2), (1.75, 2.9), figures.BLACK, "-"),
+        ((0.7, 1.8), (1.75, 1.1), figures.BLACK, "-"),
+        ((3.4, 3.1), (5.45, 3.1), figures.BLUE, "-"),
+        ((6.95, 3.2), (8.4, 3.4), figures.BLUE, "-"),
+        ((3.4, 0.9), (5.45, 0.9), figures.VERMILION, "-"),
+        ((6.95, 0.9), (8.6, 0.9), figures.VERMILION, "-"),
+        ((3.3, 1.25), (5.45, 2.8), figures.GREEN, "-"),
+        ((6.95, 3.0), (8.7, 2.6), figures.GREEN, "-"),
+        ((5.8, 2.6), (3.6, 1.1), figures.PURPLE, "--"),
     ]
     for begin, end, color, line in arrows:
         look = {"arrowstyle": "->", "color": color, "ls": line, "lw": 1.3}
         axes.annotate("", end, begin, arrowprops=look)
-    axes.text(2.3, 2.05, "collaboration", color=figures.GREEN, fontsize=8)
+    axes.text(2.6, 2.05, "collaboration", color=figures.GREEN, fontsize=8)
     label = r"gradient $\partial O_c / \partial x_s$"
     axes.text(5.1, 1.75, label, color=figures.PURPLE, fontsize=8)
