@@ -11,6 +11,7 @@ _HOMES = {
     "claims": None,
     "comparisons": None,
     "figures": None,
+    "gates": None,
     "kr": None,
     "logits_on_test": "notebook",
     "open_profile": "profiles",

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -99,24 +100,41 @@ def dense_blocks(rates: pd.DataFrame) -> list[DenseBlock]:
     return blocks
 
 
-def draw_students(axes: Axes, cost: pd.Series, scratch: pd.Series, kd: pd.Series) -> None:
+def draw_students(
+    axes: Axes, cost: pd.Series, scratch: pd.Series, kd: pd.Series, numbers: Mapping[str, int]
+) -> None:
     """Errors against a cost: circles from scratch, crosses with KD and their Pareto front.
 
     Args:
         cost, scratch, kd: by the student's name.
+        numbers: what stands beside a student's cross; ``name_students`` explains it.
     """
-    colors = [figures.OKABE_ITO[k % len(figures.OKABE_ITO)] for k in range(len(cost))]
-    for name, color in zip(cost.index, colors, strict=True):
+    for name in cost.index:
+        color = _color(numbers[name])
         x = cost[name]
         axes.plot([x, x], [scratch[name], kd[name]], c=color, lw=0.8, ls="-", marker="")
         axes.plot(x, scratch[name], c=color, ls="", marker="o")
         axes.plot(x, kd[name], c=color, ls="", marker="X", ms=6)
+        look = {"fontsize": 7, "color": color, "textcoords": "offset points"}
+        axes.annotate(str(numbers[name]), (x, kd[name]), (5, -2), **look)
     front = pareto(cost, kd)
     axes.step(
         cost[front], kd[front], where="post", c="#999999", lw=0.8, ls="-", marker="", zorder=0
     )
     figures.log_axis(axes)
-    figures.name_points(axes, cost, kd, colors)
+
+
+def name_students(figure: Figure, numbers: Mapping[str, int]) -> None:
+    """The legend of ``draw_students``: numbers and names."""
+    handles = [
+        Line2D([], [], c=_color(number), ls="", marker="X", ms=6, label=f"{number} {name}")
+        for name, number in numbers.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7)
+
+
+def _color(number: int) -> str:
+    return figures.OKABE_ITO[number % len(figures.OKABE_ITO)]
 
 
 def pareto(cost: pd.Series, error: pd.Series) -> list[str]:

@@ -1,7 +1,14 @@
 """kdlib: training code for knowledge distillation, and the records of its runs."""
 
 from kdlib import chains, data, engine, losses, methods, models, store
-from kdlib.chains import Calibration, FoundStudent, GreedySearch, OnDistorted, RandomStudent
+from kdlib.chains import (
+    AlphaStudent,
+    Calibration,
+    FoundStudent,
+    GreedySearch,
+    OnDistorted,
+    RandomStudent,
+)
 from kdlib.data import load_data
 from kdlib.engine import train
 from kdlib.errors import KdlibError
@@ -15,6 +22,7 @@ from kdlib.methods import (
     AggregateKR,
     AttentionTransfer,
     FactorTransfer,
+    FreshBack,
     GateSearch,
     Hint,
     MutualLearning,

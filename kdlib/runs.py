@@ -30,7 +30,7 @@ Modules = Mapping[str, AutocastNetwork | nn.Module]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent with momentum and a learning rate that falls in steps.
+    """Stochastic gradient descent with (Nesterov's) momentum and a rate that falls in steps.
 
     Attributes:
         epochs: passes over the training images.
@@ -47,6 +47,7 @@ class Recipe:
     decay: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    nesterov: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -155,15 +156,14 @@ class Method:
         return {}
 
     def pretrained(self) -> dict[str, Run]:
-        """Modules of other runs that this method uses: their names and those runs."""
+        """Runs that lend the module of this name, or else their network."""
         return {}
 
     def composites(
         self, student: AutocastNetwork, teacher: AutocastNetwork | None, aux: Modules
     ) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Classifiers made of several networks, by name, to test after each epoch.
-
-        One named ``student`` is tested in the place of the student.
+        """Classifiers made of several networks, by name, to test after each epoch; ``student`` in
+        the student's place. ``aux`` has the ``pretrained`` modules, too.
         """
         return {}
 

@@ -87,7 +87,8 @@ def train_by_hand(run, losses, *groups):
         modules = [m for m in members if isinstance(m, torch.nn.Module)]
         parameters = [m for m in members if isinstance(m, torch.nn.Parameter)]
         parameters += [p for module in modules for p in module.parameters()]
-        settings = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        names = ("momentum", "weight_decay", "nesterov")
+        settings = {name: getattr(recipe, name) for name in names}
         optimizers.append(torch.optim.SGD(parameters, recipe.lr, **settings))
     for epoch, index, view in batches(run, images):
         for optimizer, (recipe, _) in zip(optimizers, groups, strict=True):

@@ -44,7 +44,7 @@ def tiny():
     """Make a run of a fraction of a second; ``others`` are fields of its Recipe or Run."""
 
     def make(epochs=2, batch=24, lr=0.05, model="resnet8-x0.25", data="digits", **others):
-        names = {"milestones", "decay", "momentum", "weight_decay"} & others.keys()
+        names = {"milestones", "decay", "momentum", "weight_decay", "nesterov"} & others.keys()
         recipe = Recipe(epochs, batch, lr, **{name: others.pop(name) for name in names})
         return Run(data, model, recipe, images=128, **others)
 

@@ -223,7 +223,7 @@ def test_notebook_keeps_to_the_house_rules(exhibit):
     cells = NOTEBOOKS[exhibit].cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert len(cells) <= 40
+    assert len(cells) <= 45
     assert max(len(cell.source.splitlines()) for cell in code) <= 25
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
@@ -231,6 +231,20 @@ def test_notebook_keeps_to_the_house_rules(exhibit):
         golden = "keep_output" in cell.metadata.get("tags", [])
         assert golden == cell.source.startswith("# NBVAL_CHECK_OUTPUT")
         assert golden == bool(cell.outputs) == (cell.execution_count is not None)
+
+
+def test_no_notebook_holds_a_control_character():
+    """Such as the vertical tab that \\v becomes in a text without a raw string."""
+    found = {
+        exhibit: odd
+        for exhibit, content in NOTEBOOKS.items()
+        if (
+            odd := re.findall(
+                r"[^\n\t -~\u00a0-\U0010ffff]", "".join(c.source for c in content.cells)
+            )
+        )
+    }
+    assert found == {}
 
 
 def test_notebooks_import_from_kdlib_and_kdbook_alone():

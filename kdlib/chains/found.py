@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from kdlib.engine.state import trained_modules
 from kdlib.errors import NothingFound
 from kdlib.methods.gates import GateSearch
 from kdlib.models import Staged, build_model, load_weights
-from kdlib.models.architecture import MARK, Architecture, random_architecture
+from kdlib.models.architecture import MARK, Architecture, unsearched_architecture
 from kdlib.models.channels import Channels
 from kdlib.models.pruned import prune
 from kdlib.runs import Run
@@ -33,6 +33,7 @@ class FoundStudent:
         held: ε of Eq. 5 as a share, from 0 to 1, of the largest divergence that ``search`` had
             after an epoch. A second search holds the divergence at this value before the student
             is trained. 0 for no second search.
+        held_by: how the second search holds it, see ``GateSearch``.
 
     Raises ValueError where ``search`` is no search, or its target cannot be held.
     """
@@ -40,6 +41,7 @@ class FoundStudent:
     search: Run
     student: Run
     held: float = 0.0
+    held_by: str = "distance"
 
     def __post_init__(self):
         if not isinstance(self.search.method, GateSearch):
@@ -66,7 +68,8 @@ class FoundStudent:
     def held_search(self, trained: Trained) -> Run:
         """The second search, given the first."""
         divergence = self.held * max(row["train_kd"] for row in trained.rows)
-        return replace(self.search, method=replace(self.search.method, held_at=divergence))
+        method = replace(self.search.method, held_at=divergence, held_by=self.held_by)
+        return replace(self.search, method=method)
 
     def needs(self, run: Run) -> list[Run]:
         """The search: its gates decide the student."""
@@ -77,24 +80,37 @@ class FoundStudent:
 
         The architecture is not known yet: its name holds the search's id in place of its own.
         """
-        again = [replace(self.search, method=replace(self.search.method, held_at=self.held))]
-        unknown = f"{self.search.model}{MARK}{type(self).__name__}-{self.search.id}-{self.held}"
+        held = replace(self.search.method, held_at=self.held, held_by=self.held_by)
+        again = [replace(self.search, method=held)]
+        kind = f"{type(self).__name__}-{self.search.id}-{self.held}-{self.held_by}"
+        unknown = f"{self.search.model}{MARK}{kind}"
         student = replace(self.student, model=unknown)
         return [self.search, *(again if self.held else []), student]
 
 
 @dataclass(frozen=True)
 class RandomStudent(FoundStudent):
-    """The control of ``FoundStudent``: a random part of the teacher with the same cost."""
+    """A control of ``FoundStudent``: a random part of the teacher, at most as costly."""
+
+    by_savings: ClassVar[bool] = False
 
     def choose(self, trained):
-        _check_end(trained)
-        run = trained.run
-        return random_architecture(run.model, channels_of(run), trained.final["macs"], run.seed)
+        run, channels = trained.run, channels_of(trained.run)
+        macs = channels.macs(channels.remaining(architecture(trained).masks))
+        return unsearched_architecture(run.model, channels, macs, run.seed, self.by_savings)
+
+
+@dataclass(frozen=True)
+class AlphaStudent(RandomStudent):
+    """A control of ``FoundStudent``: gates close in the order of their α, without a loss."""
+
+    by_savings = True
 
 
 def architecture(trained: Trained, epoch: int | None = None) -> Architecture:
     """The architecture that a search found; a measurement keeps it beside the search's record.
+
+    At the end, the last step's gates are opened again as far as the budget allows.
 
     Args:
         epoch: of the search: the channels that were open after it; None for the end.
@@ -137,6 +153,9 @@ def kept_channels(trained: Trained, epoch: int | None) -> pd.DataFrame:
     return pd.DataFrame(found.kept, columns=["layer", "kept"])
 
 
+kept_channels.version = 2
+
+
 def extract(trained: Trained) -> Staged:
     """The network that a search found, with its weights from the search, multiplied by the gates.
 
@@ -152,11 +171,18 @@ def extract(trained: Trained) -> Staged:
 
 
 def searched_modules(trained: Trained, epoch: int | None = None) -> nn.ModuleDict:
-    """The ``student`` and the ``gates`` of a search, after ``epoch``; None for its last."""
+    """The ``student`` and the ``gates`` of a search after ``epoch``.
+
+    None for its end, where ``Gates.reopen`` has made up for a last step that went too far.
+    """
     run = trained.run
-    epoch = run.recipe.epochs if epoch is None else epoch
+    at = run.recipe.epochs if epoch is None else epoch
     images = load_data(run.dataset).first(run.images)
-    return trained_modules(run, epoch, images, trained.summary["weights"].get(str(epoch)))
+    modules = trained_modules(run, at, images, trained.summary["weights"].get(str(at)))
+    if epoch is None:
+        gates = modules["gates"]
+        gates.reopen(int(run.method.budget * gates.channels.total_macs))
+    return modules
 
 
 def channels_of(run: Run) -> Channels:

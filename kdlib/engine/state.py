@@ -83,6 +83,7 @@ class TrainState:
                 lr=self.rates[name],
                 momentum=recipe.momentum,
                 weight_decay=recipe.weight_decay,
+                nesterov=recipe.nesterov,
                 fused=True,
             )
 
@@ -217,6 +218,12 @@ def trained_modules(
         modules = _random_modules(run, images, teacher)
         load_weights(modules, store.load_modules(run, epoch, expected))
     return modules.eval().requires_grad_(False)
+
+
+def lent_module(lender: Run, name: str, images: Images, expected: str) -> nn.Module:
+    """The module that a run lends to another run's method; see ``Method.pretrained``."""
+    modules = trained_modules(lender, lender.recipe.epochs, images, expected)
+    return modules[name if name in modules else "student"]
 
 
 def _random_modules(run: Run, images: Images, teacher: Staged | None) -> nn.ModuleDict:

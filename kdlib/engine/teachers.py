@@ -8,7 +8,7 @@ from kdlib.data import Images
 from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.logit_cache import LogitCache
 from kdlib.engine.precision import label_dtype
-from kdlib.engine.state import trained_modules
+from kdlib.engine.state import lent_module
 from kdlib.errors import StoreError
 from kdlib.models import Staged, load_weights
 from kdlib.runs import Checkpoint, Run
@@ -78,9 +78,8 @@ class Teachers:
     def load_pretrained(self, images: Images) -> None:
         """Load ``pretrained``; ``images`` are those that the run learns from."""
         for name, lender in self.run.method.pretrained().items():
-            epoch = lender.recipe.epochs
-            known = self.note(Checkpoint(lender, epoch))
-            module = trained_modules(lender, epoch, images, known)[name]
+            known = self.note(Checkpoint(lender, lender.recipe.epochs))
+            module = lent_module(lender, name, images, known)
             self.pretrained[name] = module.to(memory_format=torch.channels_last)
 
     def load_network(self, epoch: int, device: torch.device) -> None:

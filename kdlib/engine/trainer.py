@@ -212,7 +212,8 @@ class Trainer:
         teacher = self.teachers.network and self.state.plain(self.teachers.network)
         networks = [name for name in modules if isinstance(self.state.modules[name], Staged)]
         classifiers = {"student": student} | {name: modules[name] for name in networks}
-        classifiers |= self.run.method.composites(student, teacher, modules)
+        lent = {name: self.state.plain(m) for name, m in self.teachers.pretrained.items()}
+        classifiers |= self.run.method.composites(student, teacher, modules | lent)
         return evaluate(classifiers, self.test, cache)
 
     # --- files ------------------------------------------------------------------------------------

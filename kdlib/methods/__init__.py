@@ -1,7 +1,7 @@
 """How a student learns: one file per idea."""
 
 from kdlib.methods.aggregating import AggregateKR
-from kdlib.methods.collaboration import STC
+from kdlib.methods.collaboration import STC, FreshBack
 from kdlib.methods.distill import KD, FromTeacher, OnLogits, Wrapper
 from kdlib.methods.gates import GateSearch
 from kdlib.methods.hints import (

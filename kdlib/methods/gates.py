@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher
 from kdlib.models.architecture import MARK
-from kdlib.models.channels import Channels, Masks, read_channels
+from kdlib.models.channels import Channels, Masks, close_in_order, read_channels
 from kdlib.models.names import builder
 from kdlib.models.precision import AutocastNetwork, InFloat32
 from kdlib.models.staged import Staged
 
 TARGETS = ("soft", "output", "truth")
-# An epoch is watched step by step if this many times the decrease of the gates by the penalty alone
-# would reach the budget.
+HOLDS = {"distance": Tensor.abs, "hinge": F.relu}
+# An epoch is watched step by step if this many times the penalty alone would reach the budget.
 REACH = 2
 
 
@@ -42,6 +42,7 @@ class GateSearch(FromTeacher):
             ``output``, the teacher's softmax at T = 1, by cross-entropy (the paper's "network
             pruning"); ``truth``, the true label (the usual meaning of network pruning).
         held_at: ε: with ``soft``, the divergence is driven to this value instead of to 0.
+        held_by: ``distance``, |divergence - ε|; ``hinge``, max(divergence - ε, 0).
         rate, momentum: η and μ of the gates' updates.
 
     Raises ValueError for an unknown target, ``held_at`` without ``soft``, a number outside its
@@ -55,6 +56,7 @@ class GateSearch(FromTeacher):
     target: str = "soft"
     temperature: float = 4.0
     held_at: float = 0.0
+    held_by: str = "distance"
     rate: float = 0.01
     momentum: float = 0.9
     standalone = False
@@ -63,6 +65,8 @@ class GateSearch(FromTeacher):
         super().__post_init__()
         if self.target not in TARGETS:
             raise ValueError(f"Unknown target {self.target!r}. Known: {', '.join(TARGETS)}.")
+        if self.held_by not in HOLDS:
+            raise ValueError(f"Unknown held_by {self.held_by!r}. Known: {', '.join(HOLDS)}.")
         if not 0 < self.budget < 1:
             raise ValueError(
                 f"budget={self.budget}: give a share of the teacher's cost, between 0 and 1."
@@ -93,7 +97,7 @@ class GateSearch(FromTeacher):
         gates = modules["gates"]
         threshold = self.rate * self.strength * gates.alpha
         settings = {"lr": self.rate, "momentum": self.momentum}
-        settings["keep_one"] = gates.channels.keep_one
+        settings |= {"keep_one": gates.channels.keep_one, "before": gates.before}
         return {"gates": AcceleratedProximal([gates.values], threshold, **settings)}
 
     def loss(self, step):
@@ -114,7 +118,8 @@ class GateSearch(FromTeacher):
         match self.target:
             case "soft":
                 kd = losses.kd(logits, teacher_logits, self.temperature)
-                return {"loss": (kd - self.held_at).abs() if self.held_at else kd, "kd": kd}
+                held = HOLDS[self.held_by](kd - self.held_at) if self.held_at else kd
+                return {"loss": held, "kd": kd}
             case "output":
                 return {"loss": losses.imitation(logits, teacher_logits)}
             case "truth":
@@ -154,6 +159,7 @@ class Gates(InFloat32):
 
     Attributes:
         values: the gates ``[m]``, layer by layer.
+        before: the gates before the last step.
         alpha: α ``[m]``, their weights in the penalty; their mean is 1.
     """
 
@@ -163,6 +169,7 @@ class Gates(InFloat32):
         count = sum(channels.sizes)
         savings = channels.savings() if weighted else np.ones(count)
         self.values = nn.Parameter(torch.ones(count))
+        self.register_buffer("before", torch.ones(count))
         alpha = torch.tensor(savings / savings.mean(), dtype=torch.float32)
         self.register_buffer("alpha", alpha, persistent=False)
         # Layer 0 stands for the image and for all sums, which no gate closes.
@@ -212,6 +219,19 @@ class Gates(InFloat32):
         is_open = (self.values.detach() > above).cpu().numpy()
         return self.channels.remaining(self.channels.split(is_open))
 
+    @torch.no_grad()
+    def reopen(self, macs: int) -> None:
+        """Open gates that the last step closed, the largest first, as many as this cost allows.
+
+        One step can close many gates. A gate gets the value that it had before the step.
+        """
+        closed = (self.before > 0) & (self.values <= 0)
+        last = closed.nonzero()[:, 0]
+        order = last[self.before[last].argsort(stable=True)].cpu().numpy()
+        is_open = close_in_order(self.channels, (self.values > 0).cpu().numpy(), order, macs)
+        again = closed & torch.from_numpy(is_open).to(closed.device)
+        self.values.copy_(torch.where(again, self.before, self.values))
+
     def macs(self, above: Tensor | float = 0.0) -> int:
         """Multiply-accumulates of the network that ``kept`` describes."""
         return self.channels.macs(self.kept(above))
@@ -233,14 +253,17 @@ class AcceleratedProximal(torch.optim.Optimizer):
         momentum: μ.
         keep_one: ranges of parameters in which at least one must stay open, or the network would be
             cut in two. If all would close, the largest keeps its value.
+        before: a tensor of the parameters' shape that gets their values before each step.
     """
 
     # The scaler of half precision passes scale and overflow as tensors: the host does not wait.
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, keep_one=()):
+    def __init__(
+        self, parameters, threshold: Tensor, lr=0.01, momentum=0.9, keep_one=(), before=None
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.threshold, self.keep_one = threshold, keep_one
+        self.threshold, self.keep_one, self.before = threshold, keep_one, before
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -260,6 +283,8 @@ class AcceleratedProximal(torch.optim.Optimizer):
                 if overflow is not None:  # undo this step
                     velocity = torch.where(overflow > 0, state["momentum_buffer"], velocity)
                     moved = torch.where(overflow > 0, gate, moved)
+                if self.before is not None:
+                    self.before.copy_(gate)
                 state["momentum_buffer"].copy_(velocity)
                 gate.copy_(moved)
 

@@ -1,6 +1,5 @@
 """Architecture: a smaller network inside a network, as a file that a model's name refers to."""
 
-import bisect
 import hashlib
 import json
 import warnings
@@ -12,7 +11,7 @@ from torch import nn
 
 from kdlib import files
 from kdlib.errors import StoreError, UnknownName
-from kdlib.models.channels import Channels, Masks
+from kdlib.models.channels import Channels, Masks, close_in_order
 from kdlib.models.pruned import prune
 from kdlib.models.staged import Staged, initialise
 
@@ -101,22 +100,22 @@ def load_architecture(name: str) -> Architecture:
     )
 
 
-def random_architecture(model: str, channels: Channels, macs: int, seed: int) -> Architecture:
-    """Close gates in random order until the network has at most ``macs`` multiply-accumulates.
+def unsearched_architecture(
+    model: str, channels: Channels, macs: int, seed: int, by_savings: bool = False
+) -> Architecture:
+    """Close gates in a fixed order until the network has at most ``macs`` multiply-accumulates.
 
-    This is a control that the paper lacks: the same teacher, gates and cost, but no search. One
-    gate of every range in ``channels.keep_one`` stays open, as in a search.
+    Controls that the paper lacks: the same teacher, gates and cost, but no search. The order is
+    random; or by what a gate saves, the largest first, and random among equals. In that order the
+    penalty alone closes gates, if the loss does not care. One gate of every range in
+    ``channels.keep_one`` stays open, as in a search.
     """
     # not `permutation`: numpy may change its order from one version to the next
     order = np.random.default_rng(seed).random(sum(channels.sizes)).argsort(kind="stable")
-    last = [begin + order.argsort()[begin:end].argmax() for begin, end in channels.keep_one]
-
-    def after(closed: int) -> Masks:
-        is_open = np.ones(len(order), bool)
-        is_open[order[:closed]] = False
-        is_open[last] = True
-        return channels.remaining(channels.split(is_open))
-
-    # the smallest number of closed gates with a low enough cost: every closed gate lowers the cost
-    closed = bisect.bisect_left(range(len(order)), -macs, key=lambda k: -channels.macs(after(k)))
-    return Architecture.of(model, channels, after(closed))
+    if by_savings:
+        order = order[(-channels.savings()[order]).argsort(kind="stable")]
+    rank = order.argsort()
+    last = [begin + rank[begin:end].argmax() for begin, end in channels.keep_one]
+    order = order[~np.isin(order, last)]
+    is_open = close_in_order(channels, np.ones(len(rank), bool), order, macs)
+    return Architecture.of(model, channels, channels.remaining(channels.split(is_open)))

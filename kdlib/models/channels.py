@@ -1,5 +1,6 @@
 """Channels of a network: which layer reads which, and which remain when gates are closed."""
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -226,3 +227,24 @@ class Channels:
                 saved += self._area[source] * layers[source].channels
             savings += [saved] * reader.channels
         return np.array(savings)
+
+
+def close_in_order(
+    channels: Channels, is_open: np.ndarray, order: np.ndarray, macs: int
+) -> np.ndarray:
+    """Close gates in this order until the network costs at most ``macs``: one bool per gate.
+
+    Args:
+        is_open: one bool per gate; the gates in ``order`` are open at first, whatever it says.
+    """
+
+    def after(closed: int) -> np.ndarray:
+        now = is_open.copy()
+        now[order[:closed]], now[order[closed:]] = False, True
+        return now
+
+    def cost(closed: int) -> int:
+        return channels.macs(channels.remaining(channels.split(after(closed))))
+
+    # the smallest number of closed gates with a low enough cost: every closed gate lowers the cost
+    return after(bisect.bisect_left(range(len(order)), -macs, key=lambda k: -cost(k)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdbook.stc import gradient_cosines
+from kdbook.stc import collaboration, early_error, gradient_cosines, pair_name
 from kdlib import KD, STC, build_model, load_data, measure, store, train
 from kdlib.engine.plan import mix
 from kdlib.methods import FactorTransfer, Hint, multi_stage, paraphrase
@@ -126,3 +126,32 @@ def test_epoch_0_of_a_later_stage_is_the_start_of_the_stage(tiny, wide):
     end = gradient_cosines(first, "stc", "ce", [2])
     begin = gradient_cosines(second, "stc", "ce", [0])
     np.testing.assert_allclose(begin.cosine, end.cosine, rtol=1e-3)
+
+
+def test_the_collaboration_of_any_student_is_that_of_its_feature_in_the_teachers_back(tiny):
+    teacher, student = train([tiny(model="resnet14-x0.25"), tiny()])
+    row = measure([student, teacher], collaboration, cut=2).iloc[0]
+    test = load_data("digits", "test")
+    x = test.batch(torch.arange(len(test)))
+    ours, theirs = (network.model().until(2, x).double() for network in (student, teacher))
+    logits = teacher.model().double().resume(2, ours)
+    wrong = (logits.argmax(1) != test.labels).double().mean().item()
+    assert row.collaboration_error == pytest.approx(100 * wrong, abs=0.3)
+    apart = [((a - b) ** 2).sum() / (b**2).sum() for a, b in zip(ours, theirs, strict=True)]
+    assert row.distance == pytest.approx(np.mean([a.item() for a in apart]), rel=1e-4)
+    own = measure([teacher, teacher], collaboration, cut=2).iloc[0]
+    assert own.distance == own.attention == 0
+    assert own.collaboration_error == pytest.approx(100 - teacher.final["test_top1"], abs=1e-3)
+    with pytest.raises(ValueError, match="need an adapter after stage 2"):
+        collaboration(train([tiny(model="resnet8-x0.5")])[0], teacher, 2)
+
+
+def test_the_early_error_is_that_before_the_first_fall_of_the_rate(tiny):
+    trained = train([tiny(epochs=3, milestones=(2,))])[0]
+    first, second, _ = 100 - trained.log.test_top1
+    assert early_error(trained) == pytest.approx((first + second) / 2)
+    assert trained.log.lr.nunique() == 2
+
+
+def test_pairs_have_the_papers_names():
+    assert pair_name("resnet20<-wrn40-1") == "ResNet-20 ← WRN-40-1"

@@ -23,7 +23,11 @@ def plain_loop(run, teacher, temperature=5.0):
     model = build_model(run.model, classes=10, channels=1, seed=mix("weights", run.seed)).train()
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=0.9,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(
         optimizer, list(recipe.milestones), recipe.decay
@@ -45,9 +49,10 @@ def plain_loop(run, teacher, temperature=5.0):
     return model, [sum(losses) / len(losses) for losses in history]
 
 
-def test_training_equals_a_plain_pytorch_loop(tiny):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_training_equals_a_plain_pytorch_loop(tiny, nesterov):
     teacher = train([tiny(model="resnet14-x0.25")])[0]
-    run = tiny(epochs=3, method=KD(teacher.run), milestones=(1, 2), decay=0.3)
+    run = tiny(epochs=3, method=KD(teacher.run), milestones=(1, 2), decay=0.3, nesterov=nesterov)
     student = train([run])[0]
     # Folded, as in the cache: another rounding of a logit can move an activation over 0.
     model, losses = plain_loop(run, folded(teacher.model()))

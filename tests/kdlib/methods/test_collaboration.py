@@ -1,5 +1,7 @@
 """STC: the student's front and the teacher's back, with an adapter between them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from by_hand import (
@@ -16,7 +18,8 @@ from helpers import aux_of, step_in_float64
 from torch import nn
 from torch.nn import functional as F
 
-from kdlib import STC, build_model, load_data, store, train
+from kdlib import STC, FreshBack, Recipe, Run, build_model, load_data, store, train
+from kdlib.engine.plan import mix
 from kdlib.engine.state import trained_modules
 from kdlib.methods import OneStage
 
@@ -165,6 +168,39 @@ def test_the_log_tests_the_collaboration_with_the_checkpoint_of_the_epoch(tiny, 
     assert (second.log[columns].iloc[1] != first.log[columns].iloc[1]).all()
 
 
+@pytest.mark.parametrize("target", ["output", "truth"])
+def test_another_run_can_lend_the_back_and_the_target_stays_the_teachers(tiny, wide, target):
+    lender = replace(wide, recipe=replace(wide.recipe, epochs=1, lr=0.0), keep=())
+    trained = train([tiny(method=STC(wide, target=target, back=lender))])[0]
+    assert trained.summary["teachers"].keys() == {f"{wide.id}@3", f"{lender.id}@1"}
+    back, teacher = store.find_record(lender).model(), store.find_record(wide).model()
+    fresh = build_model(wide.model, 10, 1, seed=mix("weights", lender.seed))
+    for own, other in zip(back.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(own, other)  # at a rate of 0 only batch norms learn
+    test = load_data("digits", "test")
+    x = test.batch(torch.arange(len(test)))
+    modules = trained_modules(trained.run, 2, load_data("digits"))
+    feature = modules["adapter"](modules["student"].until(2, x))
+    for name, value in evaluation(back.resume(2, feature), test.labels, teacher(x)).items():
+        assert trained.final[f"test_collaboration_{name}"] == pytest.approx(value, rel=1e-3)
+
+
+def test_a_fresh_back_is_trained_along_from_random_weights(tiny, wide):
+    method = FreshBack(wide)
+    step = step_in_float64(method, "resnet8-x0.25", "resnet14-x0.5")
+    back = step.aux["back"]
+    front = step.aux["adapter"](step.student.until(2, step.x))
+    assert not torch.equal(back.resume(2, front), step.teacher.resume(2, front))
+    _, terms = method.loss(step)
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in back.parameters() if p.ndim > 1)
+    torch.testing.assert_close(
+        terms["stc"], cross_entropy(back.resume(2, front), softmax(step.teacher_logits))
+    )
+    trained = train([tiny(method=method)])[0]
+    assert trained.final["test_collaboration_ce"] != trained.final["test_ce"]
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -177,6 +213,7 @@ def test_the_log_tests_the_collaboration_with_the_checkpoint_of_the_epoch(tiny, 
         ({"alpha": 1.5}, "alpha=1.5: give a share"),
         ({"alpha": -0.1}, "alpha=-0.1: give a share"),
         ({"alpha": float("nan")}, "alpha=nan: give a share"),
+        ({"back": Run("digits", "resnet8", Recipe(1, 8, 0.1))}, "lends no back"),
         ({"target": "logits"}, "Known: output, soft, label, truth"),
     ],
 )

@@ -21,6 +21,7 @@ from kdlib.methods import (
     AggregateKR,
     AttentionTransfer,
     FactorTransfer,
+    FreshBack,
     Hint,
     MutualLearning,
     OneStage,
@@ -55,6 +56,8 @@ FROM_TEACHER = {
     "STC": lambda t: STC(t, target="soft", **WITH_KD),
     "STC, equal": lambda t: STC(t, cut=1),
     "STC to the truth": lambda t: STC(t, target="truth"),
+    "STC, another back": lambda t: STC(t, back=replace(t, seed=7)),
+    "STC, fresh back": FreshBack,
     "KDGAN": kdgan,
     "KR": kr,
     "KR-Dense, equal": lambda t: kr(t, gain=1.0, threshold="none"),
@@ -84,6 +87,8 @@ AUX = {
     "FT": {"translator"},
     "STC": {"adapter"},
     "STC to the truth": {"adapter"},
+    "STC, another back": {"adapter"},
+    "STC, fresh back": {"adapter", "back"},
     "KDGAN": {"teacher", "discriminator"},
     "KR": {"prior"},
     "KR + KD": {"prior"},
@@ -142,6 +147,8 @@ def test_teachers_do_not_change(run_of, teacher_of, monkeypatch, name):
     parents = [teacher_of(name)]
     if name == "FT":
         parents.append(paraphrase(parents[0], PARAPHRASING))
+    if name == "STC, another back":
+        parents.append(replace(parents[0], seed=7))
     before = train(parents)
     watched, run = watch_teachers(monkeypatch), run_of(name)
     trained = train([run])[0]
@@ -150,6 +157,9 @@ def test_teachers_do_not_change(run_of, teacher_of, monkeypatch, name):
     named = {f"{parents[0].id}@{k}": kept[k] for k in kept if kept[k] in expected}
     if name == "FT":
         expected |= {fingerprint(store.select(aux_of(before[1]), "encoder."))}
+        named[f"{parents[1].id}@2"] = final_weights(before[1])
+    if name == "STC, another back":
+        expected |= {final_weights(before[1])}
         named[f"{parents[1].id}@2"] = final_weights(before[1])
     assert trained.summary["teachers"] == named
     # one network gets the weights of each checkpoint in turn; the last remain

@@ -119,7 +119,7 @@ def test_gates_start_open_and_only_their_values_are_learned():
     gates = method.aux_modules(network, None, images())["gates"]
     assert gates.values.tolist() == [1] * sum(gates.channels.sizes)
     assert [name for name, _ in gates.named_parameters()] == ["values"]
-    assert list(gates.state_dict()) == ["values"]
+    assert list(gates.state_dict()) == ["values", "before"]
     assert method.metrics({"gates": gates})["macs_share"] == 1
     assert not method.should_stop({"gates": gates}, within=1)
 
@@ -216,6 +216,18 @@ def test_a_held_divergence_is_pushed_up_from_below():
     assert plain.any()
 
 
+def test_below_a_hinge_the_divergence_is_let_alone():
+    o, z = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.manual_seed(0))
+    kd = kl_at(4, o.numpy(), z.numpy())
+    search = GateSearch(teacher_of("densenet-bc-16-4"), budget=0.5, held_by="hinge")
+    for held_at, expected in ((0.0, kd), (0.5 * kd, 0.5 * kd), (1.5 * kd, 0.0)):
+        logits = o.clone().requires_grad_()
+        loss = replace(search, held_at=held_at).imitate(logits, z, torch.zeros(4).long())["loss"]
+        assert loss.item() == pytest.approx(expected)
+        loss.backward()
+        assert bool(logits.grad.any()) == (expected > 0)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -223,6 +235,7 @@ def test_a_held_divergence_is_pushed_up_from_below():
     ("settings", "message"),
     [
         ({"target": "hard"}, "'hard'. Known: soft, output, truth"),
+        ({"held_by": "rope"}, "'rope'. Known: distance, hinge"),
         ({"budget": 0.0}, "budget"),
         ({"budget": 1.0}, "budget"),
         ({"target": "truth", "held_at": 0.1}, "held"),

@@ -16,6 +16,7 @@ from kdlib.methods import (
     AggregateKR,
     AttentionTransfer,
     FactorTransfer,
+    FreshBack,
     GateSearch,
     Hint,
     MutualLearning,
@@ -39,6 +40,7 @@ def teacher_run(seed=9):
 TEACHER, OTHER = teacher_run(), teacher_run(seed=8)
 PARAPHRASER = paraphrase(TEACHER, PARAPHRASING)
 PAIR = {"peer": "resnet14-x0.5", "recipe": OTHER_RECIPE}
+COLLABORATION = {**ON_LOGITS, "alpha": 0.5, "cut": 1, "target": "soft", "back": OTHER}
 # For every method: its required arguments, and another value of every field.
 METHODS = {
     KD: ({"teacher": TEACHER}, ON_LOGITS),
@@ -46,7 +48,8 @@ METHODS = {
     AttentionTransfer: ({"teacher": TEACHER}, {**ON_LOGITS, "attention_weight": 10.0}),
     FSP: ({"teacher": TEACHER}, {**ON_LOGITS, "fsp_weight": 2.0}),
     NST: ({"teacher": TEACHER}, {**ON_LOGITS, "nst_weight": 2.0}),
-    STC: ({"teacher": TEACHER}, {**ON_LOGITS, "alpha": 0.5, "cut": 1, "target": "soft"}),
+    STC: ({"teacher": TEACHER}, COLLABORATION),
+    FreshBack: ({"teacher": TEACHER}, COLLABORATION),
     Paraphrase: ({"teacher": TEACHER}, {"at": 1, "rate": 0.25}),
     FactorTransfer: (
         {"teacher": TEACHER, "paraphraser": PARAPHRASER},
@@ -109,6 +112,7 @@ METHODS = {
             "target": "output",
             "temperature": 2.0,
             "held_at": 0.1,
+            "held_by": "hinge",
             "rate": 0.02,
             "momentum": 0.5,
         },

@@ -11,7 +11,7 @@ from kdlib import build_model
 from kdlib.errors import StoreError, UnknownName
 from kdlib.files import home, results
 from kdlib.models import load_weights
-from kdlib.models.architecture import MARK, Architecture, file_of, random_architecture
+from kdlib.models.architecture import MARK, Architecture, file_of, unsearched_architecture
 from kdlib.models.channels import Channels
 from kdlib.models.pruned import prune
 
@@ -174,10 +174,10 @@ def test_the_hash_of_another_network_is_refused():
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_random_architecture_has_the_cost_and_keeps_a_path(name, share):
+def test_a_unsearched_architecture_has_the_cost_and_keeps_a_path(name, share):
     channels = Channels(build_model(name, 5, 1, seed=0), 8)
     macs = round(share * channels.total_macs)
-    found = [random_architecture(name, channels, macs, seed) for seed in (0, 1, 0)]
+    found = [unsearched_architecture(name, channels, macs, seed) for seed in (0, 1, 0)]
     assert found[0] == found[2]
     for cost in (channels.macs(channels.remaining(a.masks)) for a in found):
         assert 0.9 * macs < cost
