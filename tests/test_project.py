@@ -198,8 +198,9 @@ def test_no_file_is_long_and_kdlib_is_small():
     for module, path in SOURCES.items():
         counted[module.partition(".")[0]] += code_lines(path)
     # 4,000, and 450 for what training on lent machines needs: deadlines, states within an epoch,
-    # a writer beside training, half precision on a CPU.
-    assert counted["kdlib"] <= 4450, dict(counted)
+    # a writer beside training, half precision on a CPU. 150 more for the second reading of KR and
+    # the controls that the papers lack.
+    assert counted["kdlib"] <= 4600, dict(counted)
 
 
 # --- generated text and notebooks -----------------------------------------------------------------

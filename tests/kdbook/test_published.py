@@ -52,7 +52,7 @@ def test_the_papers_numbers_agree_with_the_papers_claims():
     relations = [c for c in CLAIMS if c["kind"] in ("gap", "best", "ordering", "family")]
     gaps = [(c, estimate(c, paper_cells(c["exhibit"]))) for c in relations]
     gaps = [(claim, found.estimate) for claim, found in gaps if found]
-    assert len(gaps) > 100
+    assert len(gaps) > 70
     assert [c["id"] for c, gap in gaps if gap <= c.get("margin", 0.0)] == []
 
 
