@@ -222,6 +222,16 @@ def test_a_divergence_can_be_held_in_a_second_search(epochs_trained):
     assert order == [first.run.id, held.id, trained.run.id]
 
 
+@pytest.mark.usefixtures("all_is_trained")
+def test_the_second_search_holds_by_the_distance_or_by_a_hinge():
+    first = store.find_record(search())
+    chains = [FoundStudent(search(), TEACHER, 0.5, how) for how in ("distance", "hinge")]
+    one, other = (chain.held_search(first).method for chain in chains)
+    assert (one.held_by, other.held_by) == ("distance", "hinge")
+    assert replace(one, held_by="hinge") == other
+    assert chains[0].next_run(None) == chains[1].next_run(None)  # they share the first search
+
+
 def test_the_estimate_of_a_chain_needs_no_training():
     plain, held = chain(), chain(held=0.5)
     _, again, student = held.estimate()
