@@ -126,7 +126,7 @@ def test_dry_run_names_the_jobs_and_runs_none(tmp_path, monkeypatch, capsys):
     assert "rco/table1" not in printed
     assert not list(tmp_path.rglob("*.ipynb"))
     students = [re.search(rf"^{name} +(\d+)", printed, re.MULTILINE)[1] for name in PROFILES]
-    assert students[0] == "8"  # the runs of Table 1
+    assert students[0] == "18"  # the runs of Table 1
 
 
 def test_several_jobs_run_at_once_and_a_second_call_has_nothing_to_do(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def wait_for(folder, pattern, count):
 
 def wait_until(there):
     """What ``there`` returns, as soon as it is true."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (found := there()):
         assert time.monotonic() < until
         time.sleep(0.05)
