@@ -17,6 +17,7 @@ import datetime
 import fnmatch
 import hashlib
 import json
+import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
@@ -84,7 +85,9 @@ def as_table() -> pd.DataFrame:
         stood = entry.get("verdicts", {})
         for name, change in entry.get("claims", {"the rule": entry.get("rule")}).items():
             before, after = (_text(change[side]) for side in ("before", "after"))
-            verdicts = "; ".join(f"{k}: {v}" for k, v in stood.items() if k.startswith(name))
+            verdicts = "; ".join(
+                f"{k}: {v}" for k, v in stood.items() if re.match(rf"{re.escape(name)}[ /]", k)
+            )
             rows.append((entry["date"], name, before, after, entry["why"], verdicts))
     return pd.DataFrame(rows, columns=["date", "claim", "before", "after", "why", "verdicts"])
 

@@ -41,12 +41,20 @@ def above_chance(exhibit: Exhibit, results: Mapping[str, Results], all_rows: boo
 
 
 def within_budget(
-    exhibit: Exhibit, costs: Mapping[str, Sequence[float]], budget: float, unit: str
+    exhibit: Exhibit,
+    costs: Mapping[str, Sequence[float]],
+    budget: float,
+    unit: str,
+    all_rows: bool = False,
 ) -> None:
-    """Check for each row that none of its costs, one for each seed, exceeds the budget."""
+    """Check for each row that none of its costs, one for each seed, exceeds the budget.
+
+    A row without costs is skipped: its runs failed. ``all_rows`` as in ``above_chance``.
+    """
     for row, several in costs.items():
-        text = f"{row}: at most {max(several):g} {unit}, within the budget of {budget:g}."
-        exhibit.check(text, max(several) <= budget, [row])
+        if several:
+            text = f"{row}: at most {max(several):g} {unit}, within the budget of {budget:g}."
+            exhibit.check(text, max(several) <= budget, None if all_rows else [row])
 
 
 def _accuracy(results: Results) -> float:

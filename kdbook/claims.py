@@ -82,7 +82,9 @@ def judge(
     for claim in all_claims():
         if claim["exhibit"] == exhibit:
             rows = _value_rows(claim) if claim["kind"] == "value" else [None]
-            verdicts += [_judge(claim, row, ours, scale, failed or {}) for row in rows]
+            verdicts += [
+                _signed(claim, _judge(claim, row, ours, scale, failed or {})) for row in rows
+            ]
     return verdicts
 
 
@@ -102,7 +104,7 @@ def _judge(
         return replace(measured, verdict=_counted(measured, claim))
     if reason := _withheld(claim, row, measured, scale, failed):
         return replace(measured, verdict="no verdict", detail=reason)
-    if claim["kind"] in ("value", "gain", "equal") and scale != "full":
+    if scale != "full" and _needs_full_scale(claim):
         return replace(measured, verdict="not comparable", detail="", power=math.nan)
     return replace(measured, verdict=_word(measured, claim, scale))
 
@@ -112,12 +114,30 @@ def _withheld(claim: dict, row: str | None, measured: Verdict, scale: str, faile
     if scale == SMOKE:
         return "a smoke run is no evidence"
     named = {row} if row else {cell[0] for c in contrasts_of(claim) for cell in c}
+    named |= set(claim.get("rows", ()))
     for text, rows in failed.items():
         if rows is None or not named or named & set(rows):
             return f"a check failed: {text}"
     if measured.n < 2:
         return "one seed"
     return ""
+
+
+def _signed(claim: dict, verdict: Verdict) -> Verdict:
+    """A correlation that the paper claims to be negative is judged with the other sign."""
+    if "at_most" not in claim:
+        return verdict
+    flipped = {"estimate": -verdict.estimate, "low": -verdict.high, "high": -verdict.low}
+    return replace(verdict, **flipped)
+
+
+def _needs_full_scale(claim: dict) -> bool:
+    """Whether a claim is about a size in points, which another data set or schedule changes.
+
+    A margin above 0 is not needed to ask for the sign of a gap. "At most 0.5 points below" has no
+    sign to ask for.
+    """
+    return claim["kind"] in ("value", "gain", "equal") or claim.get("margin", 0.0) < 0
 
 
 def _counted(measured: Verdict, claim: dict) -> str:
@@ -197,7 +217,7 @@ def _measure(claim: dict, ours: Cells, scale: str) -> Verdict:
     if math.isnan(shift):
         return empty
     power = math.nan
-    if printed and printed.gaps and claim["kind"] != "equal":
+    if printed and printed.gaps and claim["kind"] not in ("equal", "gain"):
         power = found.gaps.power(printed.gaps.mean, _margin(claim, scale))
     return replace(
         empty,

@@ -19,6 +19,9 @@ from scipy import stats
 from kdbook.published import Cell, Cells
 
 CONFIDENCE = 0.95
+# Spreads count as different from this level on. A test at 5 % misses a spread that is three times
+# as large: with three seeds it has two degrees of freedom.
+UNEQUAL = 0.25
 DRAWS = 4000  # of simulated experiments, for the power
 Contrast = Mapping[Cell, float]
 
@@ -138,8 +141,8 @@ def _error(
 ) -> tuple[float, float]:
     """The standard error of a contrast's mean, and its degrees of freedom.
 
-    The error comes from the pooled spread. If the contrast itself spreads clearly more than the
-    rest of the table (an F-test at 5 %), the error comes from the contrast alone.
+    The error comes from the pooled spread. If the contrast itself spreads more than the rest of the
+    table (an F-test at 25 %), the error comes from the contrast alone.
     """
     n = len(seeds)
     if n < 2:
@@ -149,7 +152,7 @@ def _error(
     if pooled := _pooled(contrast, cells, seeds, comparable):
         others = {cell: values for cell, values in cells.items() if cell not in contrast}
         rest = _pooled(contrast, others, seeds, comparable)
-        if rest is None or own <= scale * rest[0] * stats.f.ppf(CONFIDENCE, own_df, rest[1]):
+        if rest is None or own <= scale * rest[0] * stats.f.ppf(1 - UNEQUAL, own_df, rest[1]):
             own, own_df = scale * pooled[0], pooled[1]
     rounding = 1e-12 * np.abs(by_seed).max()
     error = math.sqrt(own / n)

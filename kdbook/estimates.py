@@ -46,7 +46,8 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
     weakest = int(gaps.mean.argmin())
     low = (gaps.mean - gaps.width()).min()  # NaN where one of the contrasts has no bound
     high = (gaps.mean + gaps.width(tests=len(contrasts))).min()
-    if claim.get("deterministic"):
+    exact = claim["kind"] == "equal" and np.ptp(gaps.by_seed) == 0  # counts that agree in all seeds
+    if claim.get("deterministic") or exact:
         low = high = gaps.mean[weakest]
     detail = _names(contrasts[weakest]) if len(contrasts) > 1 else ""
     if claim["kind"] == "family":
@@ -122,20 +123,16 @@ def _mean_of(contrasts: list[Contrast]) -> Contrast:
 def _wins(contrasts: list[Contrast], cells: Cells, claimed: int) -> str:
     """The share of wins: a run of one cell against a run of the other, as a mean over the pairs.
 
-    The interval is a bootstrap that draws seeds within each cell (Agarwal et al. 2021).
+    The interval is a bootstrap that draws the seeds of each cell (Agarwal et al. 2021). It only
+    describes the runs: with few seeds it is too narrow for a test.
     """
-    signs = (1, -1)
-    samples = [
-        np.array(list(cells[cell].values()))
-        for sign in signs
-        for contrast in contrasts
-        for cell, weight in contrast.items()
-        if weight * sign > 0
-    ]
+    pairs = [sorted(contrast, key=contrast.get, reverse=True) for contrast in contrasts]
+    names = list(dict.fromkeys(cell for pair in pairs for cell in pair))
+    samples = [np.array(list(cells[cell].values())) for cell in names]
 
-    def share(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-        pairs = zip(samples[: len(contrasts)], samples[len(contrasts) :], strict=True)
-        return np.mean([_share(a, b) for a, b in pairs], axis=0)
+    def share(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        values = dict(zip(names, drawn, strict=True))
+        return np.mean([_share(values[better], values[worse]) for better, worse in pairs], axis=0)
 
     text = f"wins {share(*samples):.0%}"
     if min(map(len, samples)) > 1:
@@ -143,7 +140,7 @@ def _wins(contrasts: list[Contrast], cells: Cells, claimed: int) -> str:
             samples, share, n_resamples=999, vectorized=True, method="percentile", rng=0
         ).confidence_interval
         text += f" [{drawn.low:.0%}, {drawn.high:.0%}]"
-    return f"{text} of runs, {len(contrasts)} of {claimed} pairs"
+    return f"{text} of runs, {len(pairs)} of {claimed} pairs"
 
 
 def _share(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -170,8 +167,8 @@ def _correlation(claim: dict, cells: Cells) -> Estimate | None:
         if min(np.ptp(x), np.ptp(y)) > 0:  # r is undefined where all values are equal
             found.append(sign * stats.pearsonr(x, y).statistic)
     n = len(found)
-    if n < max(1, len(seeds)):
-        return Estimate(math.nan, math.nan, math.nan, n, math.nan) if seeds else None
+    if n < len(seeds) or not seeds:
+        return Estimate(math.nan, math.nan, math.nan, 0, math.nan) if seeds else None
     z = np.arctanh(np.clip(found, -0.999999, 0.999999))
     width = math.nan
     if n > 1 and z.std() > 0:

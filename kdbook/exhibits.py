@@ -102,12 +102,14 @@ class Exhibit:
         Where it fails, the experiment cannot test the claims on ``rows`` (None: on all rows), and
         there is no verdict on them.
         """
+        self.failed.pop(text, None)
         if not passed:
             self.failed[text] = None if rows is None else [*rows]
         self._judged = None
 
-    def add_runs(self, *results: Trained) -> None:
-        """Add runs and all their teachers to the provenance of this exhibit."""
+    def add_runs(self, *results: Trained | None) -> None:
+        """Add runs and all their teachers to the provenance of this exhibit; None is skipped."""
+        results = [trained for trained in results if trained]
         self.used |= {trained.run.id: trained for trained in results}
         for run in ancestry(trained.run for trained in results):
             if run.id not in self.used and (record := store.find_record(run)):

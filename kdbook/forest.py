@@ -37,13 +37,15 @@ def forest(table: pd.DataFrame) -> Figure:
     claims without a verdict, claims of equality, values that are not comparable, and claims without
     a number in the paper.
     """
-    is_value = table.kind == "value"
+    is_value = table.kind.isin(["value", "gain"])  # estimates are differences from the paper
     incomparable = table.verdict.isin(["not run", "not comparable", "no verdict"])
     scale = table.paper.abs().mask(is_value, table.tolerance)
-    drawn = table.assign(scale=scale)[~incomparable & (scale > 0) & (table.kind != "equal")]
+    drawn = table.assign(scale=scale, is_value=is_value)[
+        ~incomparable & (scale > 0) & (table.kind != "equal")
+    ]
     parts = {
-        "value": drawn[drawn.kind == "value"],
-        "gap": drawn[drawn.kind != "value"],
+        "value": drawn[drawn.is_value],
+        "gap": drawn[~drawn.is_value],
     }
     height = 0.9 + 0.17 * max(map(len, parts.values()))
     figure = Figure(figsize=(11, min(max(height, 2.5), 60)), layout="constrained")

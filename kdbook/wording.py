@@ -9,10 +9,13 @@ from kdbook.contrasts import possible
 
 
 def claim_text(verdict) -> str:
-    """The claim's statement; for a value, also the row of the value."""
-    if verdict.kind != "value":
-        return verdict.statement
-    return f"{verdict.statement.rstrip('.')}: {verdict.id.split('/', 3)[3]}"
+    """The claim's statement; for a value also its row, for a family that it is a mean."""
+    text = verdict.statement.rstrip(".")
+    if verdict.kind == "value":
+        return f"{text}: {verdict.id.split('/', 3)[3]}"
+    if verdict.kind == "family" and "on average" not in text:
+        return f"{text}, on average over the pairs."
+    return verdict.statement
 
 
 def verdict_text(verdict) -> str:

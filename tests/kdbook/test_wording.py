@@ -59,6 +59,7 @@ def test_a_reconstruction_has_a_column_of_its_own():
 def test_a_value_names_its_row():
     assert claim_text(verdict("value")) == "All values: a row"
     assert claim_text(verdict("gap")) == "All values."
+    assert claim_text(verdict("family")) == "All values, on average over the pairs."
 
 
 def test_an_estimate_has_its_interval():
