@@ -22,7 +22,7 @@ for part in "${parts[@]}"; do
         KDLIB_HOME=$scratch/runs KDLIB_RESULTS=$scratch/results KDLIB_PROGRESS=quiet \
         OMP_NUM_THREADS=1 xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 1 \
         "$PYTHON" -m pytest -q -p tests.nbval_sockets --nbval-lax --nbval-current-env \
-        --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=180 \
+        --nbval-cell-timeout=900 --nbval-kernel-startup-timeout=180 \
         --nbval-sanitize-with=tests/nbval_sanitize.cfg ;;
     *) die "Unknown part '$part'. Use lint, unit or notebooks." ;;
   esac

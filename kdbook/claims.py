@@ -103,7 +103,7 @@ def _judge(
     if claim.get("deterministic"):
         return replace(measured, verdict=_counted(measured, claim))
     if reason := _withheld(claim, row, measured, scale, failed):
-        return replace(measured, verdict="no verdict", detail=reason)
+        return replace(measured, verdict="no verdict", detail=reason, power=math.nan)
     if scale != "full" and _needs_full_scale(claim):
         return replace(measured, verdict="not comparable", detail="", power=math.nan)
     return replace(measured, verdict=_word(measured, claim, scale))

@@ -73,7 +73,7 @@ def _draw_panel(axes: Axes, kind: str, part: pd.DataFrame) -> None:
         low = -high
     axes.set(xlim=(low * 1.05, high * 1.05), ylim=(len(part) - 0.4, -0.6), title=title)
     if part.empty:
-        words = "nothing to draw: no claim here\nhas a printed number to compare"
+        words = "nothing to draw: no claim here\nhas a verdict and a printed number"
         box = {"facecolor": "white", "lw": 0}
         axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", bbox=box)
     names = [

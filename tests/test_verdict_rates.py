@@ -11,8 +11,9 @@ def test_the_page_has_the_table_that_the_program_writes():
     rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
     cells = [[cell.strip(" |%") for cell in row.split(" | ")] for row in rows]
     assert {kind for kind, *_ in cells} == set(verdict_rates.KINDS)
-    for _, _, _, holds, reverses, found, stated in cells:
-        assert max(float(holds), float(reverses)) <= 5.5
+    for _, _, seeds, holds, reverses, found, stated in cells:
+        limit = 5.5 if seeds.isdecimal() else 8  # where spreads differ, the rule errs more often
+        assert max(float(holds), float(reverses)) <= limit
         assert abs(float(found) - float(stated)) < 6
 
 
