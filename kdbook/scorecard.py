@@ -147,10 +147,11 @@ img {{ max-width: 100% }}
 <p>This page lists every claim of the four papers and our verdict on it. Each verdict is computed.
 At full scale a claim is <i>supported</i> if the lower bound of its gap is above the margin, and
 <i>contradicted</i> if the upper bound is below it (95&nbsp;% each). On smaller data or shorter
-schedules we only ask whether the gap is positive: the claim <i>holds here</i>, <i>reverses here</i>,
-or is <i>unresolved here</i>. A value is <i>reproduced</i> where its whole 95&nbsp;% interval lies within
-the tolerance. <i>Power</i> is the probability of a verdict for the claim, if the paper's gap were
-true here. <i>Our reading</i> is the verdict on a method or on data that we had to reconstruct.</p>
+schedules we only ask whether the gap is positive: the claim <i>holds here</i>, <i>reverses
+here</i>, or is <i>unresolved here</i>. A value is <i>reproduced</i> where its whole 95&nbsp;%
+interval lies within the tolerance. <i>Power</i> is the probability of a verdict for the claim, if
+the paper's gap were true here. <i>Our reading</i> is the verdict on a method or on data that we had
+to reconstruct.</p>
 <h2>Headline claims</h2>
 {headlines}
 <h2>All claims</h2>
