@@ -35,7 +35,7 @@ def forest(table: pd.DataFrame) -> Figure:
     Left, 0 is the paper's number and the grey band is the tolerance. Right, 1 is the paper's gap
     and 0 is no gap. A triangle at the border is an estimate outside the panel. The plot leaves out
     claims without a verdict, claims of equality, values that are not comparable, and claims without
-    a number in the paper.
+    a number in the paper. A panel without claims is left out.
     """
     is_value = table.kind.isin(["value", "gain"])  # estimates are differences from the paper
     incomparable = table.verdict.isin(["not run", "not comparable", "no verdict"])
@@ -47,9 +47,12 @@ def forest(table: pd.DataFrame) -> Figure:
         "value": drawn[drawn.is_value],
         "gap": drawn[~drawn.is_value],
     }
+    parts = {kind: part for kind, part in parts.items() if len(part)} or parts
     height = 0.9 + 0.17 * max(map(len, parts.values()))
-    figure = Figure(figsize=(11, min(max(height, 2.5), 60)), layout="constrained")
-    for axes, (kind, part) in zip(figure.subplots(1, 2), parts.items(), strict=True):
+    size = (1 + 5 * len(parts), min(max(height, 2.5), 60))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (kind, part) in zip(panels, parts.items(), strict=True):
         _draw_panel(axes, kind, part)
     return figure
 
