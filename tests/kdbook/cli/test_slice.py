@@ -139,6 +139,9 @@ def wait_until(there):
     return found
 
 
+# Slow, because it is not certain: torch may try an interrupted import of numpy again, which fails
+# with an ImportError and its traceback.
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.5, 1.5])  # torch is imported then
 def test_ctrl_c_in_the_first_seconds_ends_with_a_sentence(machine, seconds):
     process = machine("first")("kdbook.cli.run_all", "--only", EXHIBIT, "--minutes", "20")
