@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kdbook.kept_epochs import FOLLOWED, RCO_ANCHORS
-from kdbook.small_networks import SMALL_NETWORKS
+from kdbook.small_networks import LAPTOP_NETWORKS, SMALL_NETWORKS
 from kdlib.data import canonical_name, display_name, split_name
 from kdlib.errors import UnknownName
 from kdlib.methods import CrossEntropy, Method
@@ -31,10 +31,12 @@ class Profile:
         datasets: replacement for a paper's data set, by name. A data set without a replacement
             stays as it is.
         models: replacement for a paper's network, likewise.
-        images: train on this many images only; None for all images.
+        suffixes: suffix of a paper's data set, also of its replacement, such as ``+half``.
+        images: train on this many images of a paper's data set only; by default on all.
         repeats: for a paper's data set that is much larger than its replacement, the number of
             epochs of the replacement that count as one epoch of the data set.
         axis_limit: on each axis of a grid of networks, run only this many values; None for all.
+        seeds_of_grid: number of seeds of a grid of networks; None for all.
         keep_route: a teacher with a route keeps the weights of every ``keep_route``-th epoch of
             the paper, and of ``RCO_ANCHORS``. A reader's choice: ``--keep-route``.
         evidence: whether a result may count for or against a paper at all.
@@ -47,9 +49,11 @@ class Profile:
     description: str = ""
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
-    images: int | None = None
+    suffixes: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, int] = field(default_factory=dict)
     repeats: Mapping[str, int] = field(default_factory=dict)
     axis_limit: int | None = None
+    seeds_of_grid: int | None = None
     keep_route: int = 1
     evidence: bool = True
     substitutes: tuple[str, ...] = ()
@@ -57,8 +61,10 @@ class Profile:
     @property
     def faithful(self) -> bool:
         """Whether every run is as long and as large as in the paper, on the paper's data."""
-        smaller = self.datasets or self.models or self.images or self.axis_limit
-        return self.epoch_scale == 1 and not smaller
+        fewer = self.images or self.axis_limit
+        return self.epoch_scale == 1 and not (
+            fewer or self.datasets or self.suffixes or self.models
+        )
 
     @property
     def scale(self) -> str:
@@ -78,8 +84,8 @@ class Profile:
 
     @property
     def grid_seeds(self) -> tuple[int, ...]:
-        """The seeds of a grid of networks: only the first one if the grid is limited."""
-        return self.seeds[: 1 if self.axis_limit else None]
+        """The seeds of a grid of networks."""
+        return self.seeds[: self.seeds_of_grid]
 
     def limit_axis(self, values: Iterable) -> tuple:
         """The values that run, of one axis of a grid of networks."""
@@ -96,7 +102,7 @@ class Profile:
     def dataset(self, paper: str) -> str:
         """The data set that runs for the paper's data set, with the same distortion."""
         base, distortion = split_name(paper)
-        return self.datasets.get(base, base) + distortion
+        return self.datasets.get(base, base) + self.suffixes.get(base, "") + distortion
 
     def model(self, paper: str) -> str:
         """The network that runs for the paper's network."""
@@ -158,7 +164,7 @@ class Profile:
             recipe=recipe,
             method=method,
             seed=seed,
-            images=self.images,
+            images=self.images.get(split_name(data)[0]),
             start=start,
             keep=kept,
             save_logits=route,
@@ -200,9 +206,9 @@ class Profile:
             rows.append(("iterations", iterations, self.scale_iterations(iterations)))
         rows += [(label, value, value) for label, value in (others or {}).items()]
         rows = [(label, f"{p} (ours)" if label in ours else p, run) for label, p, run in rows]
-        most = f"at most {self.images}" if self.images else "all"
+        most = {f"at most {n:,}" if (n := self.images.get(name)) else "all" for name in datasets}
         rows.append(("seeds", "not stated", len(self.grid_seeds if grid else self.seeds)))
-        rows.append(("training images", "all", most))
+        rows.append(("training images", "all", ", ".join(sorted(most)) or "all"))
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")
 
 
@@ -215,10 +221,22 @@ PROFILES = {
         "images; no evidence",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
-        images=1000,
+        images={"cifar10": 1000, "cifar100": 1000, "mnist": 1000},
         repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
         axis_limit=2,
+        seeds_of_grid=1,
         evidence=False,
+    ),
+    "laptop": Profile(
+        name="laptop",
+        epoch_scale=1 / 10,
+        seeds=(0, 1, 2),
+        description="CIFAR at 16x16 and MNIST, a tenth of the epochs, small networks: one night "
+        "on a laptop's CPU",
+        models=LAPTOP_NETWORKS,
+        suffixes={"cifar10": "+half", "cifar100": "+half"},
+        images={"cifar10": 5000, "cifar100": 10_000},
+        axis_limit=2,
     ),
     "course": Profile(
         name="course",
@@ -244,7 +262,7 @@ def open_profile(
     """A profile by name, with the reader's own seeds and data sets.
 
     Args:
-        name: ``smoke``, ``course`` or ``paper``.
+        name: ``smoke``, ``laptop``, ``course`` or ``paper``.
         seeds: replace the profile's seeds.
         data: replace data sets: ``{"cifar100": "folder:/photos"}``, or the same as text,
             ``"cifar100=folder:/photos"``, with commas between several.

@@ -51,3 +51,16 @@ KR = {
 }
 
 SMALL_NETWORKS = {"resnet50": "resnet14", **STUDENTS, **PAIRS, **SEARCH, **KR}
+
+# --- images of 16x16 ------------------------------------------------------------------------------
+
+LAPTOP_NETWORKS = {
+    **SMALL_NETWORKS,
+    "resnet50": "resnet20",
+    "resnet56": "resnet20-x0.5",
+    "resnet110": "resnet32-x0.5",
+    "wrn-40-1": "wrn-22-1-x0.5",
+    "wrn-46-4": "wrn-16-4-x0.5",
+    "resnet26": "resnet26-x0.5",
+    "resnet32": "resnet32-x0.5",
+}

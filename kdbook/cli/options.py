@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     options = {
         "--profile": {
             "dest": "profile_name", "metavar": "PROFILE", "default": "smoke",
-            "help": "smoke (default), course or paper; see below",
+            "help": "smoke (default), laptop, course or paper; see below",
         },
         "--only": {
             "metavar": "EXHIBITS",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdlib import store
-from kdlib.data import split_name
+from kdlib.data import is_distorted
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -91,7 +91,7 @@ def distorted(description: Any, distortion: str) -> Any:
     parts = {f.name: getattr(description, f.name) for f in fields(description)}
     changed = {name: distorted(part, distortion) for name, part in parts.items()}
     if isinstance(description, Run):
-        if split_name(description.data)[1]:
+        if is_distorted(description.data):
             raise ValueError(f"The data set of {description} is distorted already.")
         changed["data"] = description.data + distortion
     return replace(description, **changed)

@@ -8,5 +8,5 @@ from kdlib.data.datasets import (
     download,
     load_data,
 )
-from kdlib.data.distortion import split_name
+from kdlib.data.distortion import is_distorted, split_name
 from kdlib.data.images import Images

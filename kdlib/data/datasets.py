@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kdlib import files
-from kdlib.data.distortion import distort, split_name
+from kdlib.data.distortion import distort, halvings, split_name
 from kdlib.data.images import Images
 from kdlib.errors import DataError, UnknownName
 
@@ -57,7 +57,10 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
     Args:
         name: ``digits``, ``cifar10``, ``cifar100``, ``mnist`` or ``folder:<path>`` with images in
             ``<path>/{train,test}/<class>/*.{png,jpg,jpeg}``; they are resized to 32x32.
-            The suffix ``+noise<deviation>`` or ``+blur<deviation>`` distorts every image.
+            The suffix ``+half`` halves height and width, ``+noise<deviation>`` and
+            ``+blur<deviation>`` distort every image. With ``+held`` every fifth training image is
+            a test image, and the data set's own test images are not used. Several suffixes apply
+            from left to right.
         split: ``train`` or ``test``.
 
     Raises:
@@ -96,8 +99,14 @@ def canonical_name(name: str) -> str:
 def count_views(name: str) -> int:
     """The number of views of a training image; no image is read. Raises UnknownName."""
     check_name(name)
-    kind = KINDS.get(split_name(name)[0], FOLDER_KIND)
+    kind = _kind(name)
     return (2 * kind.pad + 1) ** 2 * (1 + kind.flip)
+
+
+def _kind(name: str) -> Kind:
+    """The kind of a data set; smaller images have a smaller margin."""
+    kind = KINDS.get(split_name(name)[0], FOLDER_KIND)
+    return kind._replace(pad=kind.pad >> halvings(name))
 
 
 def display_name(name: str) -> str:
@@ -121,16 +130,23 @@ def download(name: str) -> Path:
 
 @lru_cache(maxsize=4)
 def _load(name: str, split: str, device: str) -> Images:
-    base, distortion = split_name(name)
-    kind = KINDS.get(base)
+    (base, suffixes), kind = split_name(name), _kind(name)
+    held = "+held" in suffixes
+    source = "train" if held else split
     if base == "digits":
-        pixels, labels, class_names = _digits(split)
+        pixels, labels, class_names = _digits(source)
     elif base in TORCHVISION:
-        pixels, labels, class_names = _torchvision(base, split)
+        pixels, labels, class_names = _torchvision(base, source)
     else:
-        pixels, labels, class_names, kind = _folder(base, split)
-    if distortion:
-        pixels = distort(pixels, distortion, split)
+        pixels, labels, class_names, mean, std = _folder(base, source)
+        kind = kind._replace(mean=mean, std=std)
+    if held:
+        chosen = (np.arange(len(pixels)) % 5 == 4) == (split == "test")
+        pixels, labels = pixels[chosen], np.asarray(labels)[chosen]
+    try:
+        pixels = distort(pixels, suffixes, split)
+    except ValueError as error:
+        raise DataError(f"{display_name(name)}: {error}") from error
     if split == "test":  # test images are not augmented
         kind = kind._replace(pad=0, flip=False)
     pixels = F.pad(torch.from_numpy(pixels), (0, 0, kind.pad, kind.pad, kind.pad, kind.pad))
@@ -186,8 +202,7 @@ def _folder(name: str, split: str) -> tuple:
         raise DataError(f"{_folders[name]} has changed since {name}. Make the run again.")
     with safe_open(cache["file"], "np") as tensors:
         pixels, labels = (tensors.get_tensor(f"{split}_{part}") for part in ("pixels", "labels"))
-    kind = FOLDER_KIND._replace(mean=tuple(cache["mean"]), std=tuple(cache["std"]))
-    return pixels, labels, cache["classes"], kind
+    return pixels, labels, cache["classes"], tuple(cache["mean"]), tuple(cache["std"])
 
 
 def _folder_cache(folder: Path) -> dict:

@@ -69,15 +69,19 @@ class Images:
         return self.pixels.device
 
     def first(self, count: int | None) -> "Images":
-        """The first ``count`` images, taken from the classes in turn; all images for None.
+        """The images of ``first_index(count)``; all images for None."""
+        if count is None or count >= len(self):
+            return self
+        chosen = self.first_index(count)
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
+
+    def first_index(self, count: int) -> Tensor:
+        """The first ``count`` images, int64 ``[count]``, taken from the classes in turn.
 
         A folder lists its images class by class, so its first images have one class only.
         """
-        if count is None or count >= len(self):
-            return self
         rank = F.one_hot(self.labels, self.classes).cumsum(0).gather(1, self.labels[:, None])
-        chosen = rank.squeeze(1).argsort(stable=True)[:count].sort().values
-        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
+        return rank.squeeze(1).argsort(stable=True)[:count].sort().values
 
     def batch(self, index: Tensor, view: Tensor | None = None) -> Tensor:
         """Normalised float32 images ``[b, channels, size, size]`` in channels_last layout.

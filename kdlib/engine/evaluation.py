@@ -20,18 +20,25 @@ Classifier = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def evaluate(
-    classifiers: Mapping[str, Classifier], images: Images, cache: LogitCache | None
+    classifiers: Mapping[str, Classifier],
+    images: Images,
+    cache: LogitCache | None,
+    count: int | None = None,
 ) -> dict[str, float]:
     """Test accuracy in %, mean cross-entropy and, given a teacher's logits, mean KL to it at τ = 1.
 
     Names are ``test_top1``, ``test_ce`` and ``test_kl`` for the classifier ``student``, and
     ``test_<name>_top1`` and so on for the others. Raises OutOfTime at the deadline.
+
+    Args:
+        count: test on so many images only, classes in turn; None for all.
     """
-    device = images.device
+    device, count = images.device, min(count or len(images), len(images))
     sums = torch.zeros(len(classifiers), 3, device=device)
     chunk = CHUNK[device.type]
     # The logit cache looks up its images on the host.
-    everywhere = (torch.arange(len(images), device=place) for place in (device, "cpu"))
+    chosen = images.first_index(count) if count < len(images) else torch.arange(count)
+    everywhere = (chosen.to(place) for place in (device, "cpu"))
     for index, on_host in zip(*(i.split(chunk) for i in everywhere), strict=True):
         check_time()
         x, labels = images.batch(index), images.labels[index]
@@ -43,7 +50,7 @@ def evaluate(
                 taught = cache.logits(on_host, torch.full_like(on_host, images.centre))
                 total[2] += len(index) * losses.kd(logits, taught.float(), temperature=1)
     row = {}
-    for name, (top1, ce, kl) in zip(classifiers, (sums / len(images)).tolist(), strict=True):
+    for name, (top1, ce, kl) in zip(classifiers, (sums / count).tolist(), strict=True):
         prefix = "test" if name == "student" else f"test_{name}"
         row |= {f"{prefix}_top1": 100 * top1, f"{prefix}_ce": ce}
         row |= {f"{prefix}_kl": kl} if cache else {}

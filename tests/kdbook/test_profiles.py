@@ -18,10 +18,10 @@ SMALL = Profile(
     seeds=(0, 1),
     datasets={"cifar100": "digits"},
     models={"resnet50": "resnet8"},
-    images=100,
+    images={"cifar100": 100},
     evidence=False,
 )
-SMOKE, COURSE, PAPER = (PROFILES[name] for name in ("smoke", "course", "paper"))
+SMOKE, LAPTOP, COURSE, PAPER = (PROFILES[n] for n in ("smoke", "laptop", "course", "paper"))
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,19 @@ def test_smoke_needs_no_download():
     assert smoke.name == "smoke"
     assert {smoke.dataset(paper) for paper in ("cifar10", "cifar100", "mnist")} == {"digits"}
     assert smoke.dataset("cifar100+blur1") == "digits+blur1"
+
+
+def test_laptop_halves_the_images_of_cifar_and_of_what_replaces_it(photos):
+    assert LAPTOP.dataset("cifar10+noise0.1") == "cifar10+half+noise0.1"
+    assert LAPTOP.dataset("mnist") == "mnist"
+    own = open_profile("laptop", data={"cifar100": f"folder:{photos()}"})
+    assert own.dataset("cifar100+blur1").startswith("photos@")
+    assert own.dataset("cifar100+blur1").endswith("+half+blur1")
+    recipe = own.recipe(240, batch=64, lr=0.05)
+    assert own.run("cifar100+blur1", "resnet50", recipe).images == 10_000
+    assert own.run("mnist", "lenet", recipe).images is None
+    assert LAPTOP.scale == "reduced"
+    assert len(LAPTOP.grid_seeds) == 3
 
 
 # --- the reader's choices -------------------------------------------------------------------------
@@ -274,4 +287,8 @@ def test_a_grid_can_be_limited_on_each_axis(limit, run):
     profile = replace(SMALL, axis_limit=limit)
     assert profile.limit_axis((4, 6, 8, 10)) == run
     assert profile.limit_axis(iter([4, 6, 8, 10])) == run
-    assert replace(profile, seeds=(7, 8)).grid_seeds == ((7,) if limit else (7, 8))
+
+
+def test_a_grid_can_have_fewer_seeds():
+    assert replace(SMALL, seeds=(7, 8)).grid_seeds == (7, 8)
+    assert replace(SMALL, seeds=(7, 8), seeds_of_grid=1).grid_seeds == (7,)

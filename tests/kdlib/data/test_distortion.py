@@ -6,8 +6,9 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 
 from kdlib import load_data
-from kdlib.data import canonical_name, display_name, distortion, split_name
-from kdlib.data.distortion import distort
+from kdlib.data import canonical_name, count_views, display_name, distortion, split_name
+from kdlib.data.distortion import distort, is_distorted
+from kdlib.errors import DataError
 
 
 def core(images):
@@ -26,6 +27,9 @@ def core(images):
         ("folder:/a+b/c+blur.5", ("folder:/a+b/c", "+blur0.5")),
         ("photos@0123456789ab+noise1", ("photos@0123456789ab", "+noise1")),
         ("digits+noise0.10", ("digits", "+noise0.1")),
+        ("cifar100+half+noise0.04", ("cifar100", "+half+noise0.04")),
+        ("cifar10+held+half", ("cifar10", "+held+half")),
+        ("folder:/half+half/c+halfway", ("folder:/half+half/c+halfway", "")),
     ],
 )
 def test_a_name_says_what_is_distorted_and_how(name, parts):
@@ -87,3 +91,46 @@ def test_a_folder_can_be_distorted(photos):
     assert display_name(folder + "+blur1") == display_name(blurred) == "photos+blur1"
     expected = distort(core(load_data(folder)).numpy(), "+blur1", "train")
     assert torch.equal(core(load_data(blurred)), torch.from_numpy(expected))
+
+
+# --- half the size, and held-out images -----------------------------------------------------------
+
+
+def test_half_the_size_averages_squares_of_four_pixels():
+    pixels = np.array([[1, 2, 10, 20], [3, 5, 30, 41]], dtype=np.uint8)[None, ..., None]
+    # means 2.75 and 25.25
+    assert distort(pixels, "+half", "train")[0, ..., 0].tolist() == [[3, 25]]
+
+
+def test_half_a_folder_keeps_colours_and_order_and_halves_the_margin(photos):
+    folder = f"folder:{photos()}"
+    whole, half = load_data(folder), load_data(folder + "+half")
+    assert (half.size, half.pad) == (whole.size // 2, whole.pad // 2)
+    assert count_views(folder + "+half") == half.views
+    assert torch.equal(half.labels, whole.labels)
+    expected = torch.nn.functional.avg_pool2d(core(whole).permute(0, 3, 1, 2).double(), 2)
+    assert (core(half).permute(0, 3, 1, 2) - expected).abs().max() <= 0.5
+
+
+def test_suffixes_apply_from_left_to_right():
+    first = core(load_data("digits+half+noise0.1"))
+    assert first.shape[1] == 4
+    assert not torch.equal(first, core(load_data("digits+noise0.1+half")))
+    assert is_distorted("digits+half+noise0.1")
+    assert not is_distorted("digits+held+half")
+
+
+def test_an_odd_size_cannot_be_halved():
+    with pytest.raises(DataError, match=r"digits\+half\+half\+half\+half.*even height"):
+        load_data("digits+half+half+half+half")
+
+
+def test_held_out_images_are_training_images_that_nothing_learns_from():
+    whole = load_data("digits")
+    train_, test = (load_data("digits+held", split) for split in ("train", "test"))
+    assert len(train_) + len(test) == len(whole)
+    everything = {core(whole)[k].numpy().tobytes() for k in range(len(whole))}
+    parts = [{image.numpy().tobytes() for image in core(part)} for part in (train_, test)]
+    assert parts[0] | parts[1] == everything
+    assert torch.equal(core(test), core(whole)[4::5])
+    assert (test.pad, test.classes) == (0, whole.classes)
