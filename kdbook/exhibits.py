@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from kdbook import figures, provenance, wording
 from kdbook.claims import Verdict, as_table, judge
 from kdbook.contrasts import interval, possible
-from kdbook.profiles import Profile
+from kdbook.profile import Profile
 from kdbook.published import all_claims, paper_cells, published
 from kdlib import files, store
 from kdlib.engine.graph import ancestry

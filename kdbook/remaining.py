@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from kdbook.profiles import Profile
+from kdbook.profile import Profile
 from kdlib import files, store
 from kdlib.engine.graph import ancestry, incomplete, is_complete
 from kdlib.engine.train import RunChain

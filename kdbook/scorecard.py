@@ -14,7 +14,7 @@ from kdbook import amendments, figures, wording
 from kdbook.claims import Verdict, as_table, judge
 from kdbook.exhibits import NO_EVIDENCE
 from kdbook.forest import VERDICTS, forest
-from kdbook.profiles import Profile
+from kdbook.profile import Profile
 from kdbook.provenance import current_commit
 from kdbook.published import all_claims
 from kdlib import files

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdbook import figures
-from kdbook.profiles import Profile
+from kdbook.profile import Profile
 from kdlib.chains.found import extract, searched_modules
 from kdlib.data import load_data
 from kdlib.models import Cost, Staged, build_model, count_cost

@@ -54,13 +54,18 @@ SMALL_NETWORKS = {"resnet50": "resnet14", **STUDENTS, **PAIRS, **SEARCH, **KR}
 
 # --- images of 16x16 ------------------------------------------------------------------------------
 
+# In so short a training a deeper network is no better than one of 8 layers; a wider one is. So each
+# teacher is deeper and wider than its student.
 LAPTOP_NETWORKS = {
     **SMALL_NETWORKS,
-    "resnet50": "resnet20",
-    "resnet56": "resnet20-x0.5",
-    "resnet110": "resnet32-x0.5",
-    "wrn-40-1": "wrn-22-1-x0.5",
+    "resnet50": "resnet14",
+    "mobilenetv2-t6-w0.5": "resnet8-x0.5",
+    "resnet56": "resnet14",
+    "resnet110": "resnet20",
+    "wrn-40-1": "wrn-16-1",
     "wrn-46-4": "wrn-16-4-x0.5",
-    "resnet26": "resnet26-x0.5",
-    "resnet32": "resnet32-x0.5",
+    "resnet26": "resnet14",
+    "resnet32": "resnet20",
+    "resnet14": "resnet8-x0.5",
+    "resnet14-x0.9375": "resnet8-x0.44",
 }

@@ -13,7 +13,7 @@ from kdlib.engine.cache_pool import CachePool
 from kdlib.engine.capture import capture, wants_capture
 from kdlib.engine.device import environment, worth_compiling
 from kdlib.engine.epoch_data import EpochData
-from kdlib.engine.evaluation import evaluate, validation_logits
+from kdlib.engine.evaluation import evaluate, tested_images, validation_logits
 from kdlib.engine.meter import Meter
 from kdlib.engine.precision import label_dtype
 from kdlib.engine.run_files import RunFiles
@@ -27,8 +27,6 @@ from kdlib.runs import Run, Step
 # Steps that are launched together. On a GPU a student has at most two such blocks in flight: the
 # device is never idle, and the host can still stop soon.
 BLOCK = {"cpu": 1, "cuda": 32}
-# A run on n training images is tested on n / TESTED images between its epochs.
-TESTED = 10
 
 
 class Trainer:
@@ -39,8 +37,7 @@ class Trainer:
 
     Args:
         run: the run to train.
-        train, test: the run's images on the device.
-        caches: the logit caches of the process.
+        train, test, caches: the run's images on the device, and the process's logit caches.
         writer: writes the files; None makes a new one.
         alike: steps of all runs of this network that are to be trained; decides on compiling.
         stream: the CUDA stream of the steps; None makes a new one.
@@ -206,22 +203,17 @@ class Trainer:
         return self.stopped or self.epoch == self.run.recipe.epochs
 
     def _evaluate(self, last: bool) -> dict[str, float]:
-        """Test the student, auxiliary networks and composites, against this epoch's teacher.
-
-        A run on a part of the training images is tested on a part, too, after epochs whose weights
-        it does not keep: the test of all would take a quarter of its time.
-        """
+        """Test the student, auxiliary networks and composites, against this epoch's teacher."""
         self.state.modules.eval()
         cache = self.teachers.cache(self.epoch, self.test)
         modules = self.state.uncompiled()
         student = modules.pop("student")
         teacher = self.teachers.network and self.state.plain(self.teachers.network)
-        networks = [name for name in modules if isinstance(self.state.modules[name], Staged)]
-        classifiers = {"student": student} | {name: modules[name] for name in networks}
-        lent = {name: self.state.plain(m) for name, m in self.teachers.pretrained.items()}
-        classifiers |= self.run.method.composites(student, teacher, modules | lent)
-        whole = last or self.epoch + 1 in self.run.keep or not self.run.images
-        count = None if whole else max(1, self.run.images // TESTED)
+        networks = {k: m for k, m in modules.items() if isinstance(self.state.modules[k], Staged)}
+        classifiers = {"student": student} | networks
+        modules |= {name: self.state.plain(m) for name, m in self.teachers.pretrained.items()}
+        classifiers |= self.run.method.composites(student, teacher, modules)
+        count = None if last else tested_images(self.run, self.epoch + 1)
         return evaluate(classifiers, self.test, cache, count)
 
     # --- files ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -199,18 +198,15 @@ class FSP(OnFeatures):
 
     def aux_modules(self, student, teacher, x):
         ours, theirs = ([f.shape[1] for f in net.features(x)] for net in (student, teacher))
-        pairs = [*zip(ours, theirs, strict=False)]
-        if all(own == other for own, other in pairs):
-            return {}
-        return {"adapters": nn.ModuleList(nn.Conv2d(*pair, kernel_size=1) for pair in pairs)}
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        return {f"adapter{k}": nn.Conv2d(*p, kernel_size=1) for k, p in pairs if p[0] != p[1]}
 
     def features(self, network, x):
         return network.features(x)
 
     def term(self, ours, theirs, step):
-        if "adapters" in step.aux:
-            adapters = step.aux["adapters"]
-            ours = [adapt(f) for adapt, f in zip(adapters, ours, strict=False)]
+        adapters = [step.aux.get(f"adapter{k}", nn.Identity()) for k in range(len(ours))]
+        ours = [adapt(feature) for adapt, feature in zip(adapters, ours, strict=True)]
         flows = zip(pairwise(ours), pairwise(theirs), strict=False)
         return "fsp", self.fsp_weight, sum(losses.fsp(*own, *other) for own, other in flows)
 

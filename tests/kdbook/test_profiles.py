@@ -50,6 +50,22 @@ def test_a_small_replacement_of_a_data_set_is_repeated(profile, data, epochs, mi
     assert (recipe.epochs, recipe.milestones) == (epochs, (milestone,))  # mnist: 60·10/20
 
 
+def test_a_paper_may_have_values_of_its_own():
+    rco, stc = (open_profile("laptop", paper=paper) for paper in ("rco", "stc"))
+    assert rco.scale_epochs(240) == 24
+    assert stc.scale_epochs(500) == 10
+    assert stc.folder == rco.folder == "laptop"
+    assert open_profile("paper", paper="stc") == PAPER
+
+
+@pytest.mark.parametrize(
+    ("largest", "batch", "lr"), [(None, 128, 0.1), (64, 64, 0.05), (128, 128, 0.1), (500, 128, 0.1)]
+)
+def test_a_smaller_batch_has_a_smaller_rate_in_proportion(largest, batch, lr):
+    recipe = replace(SMALL, batch=largest).recipe(10, batch=128, lr=0.1)
+    assert (recipe.batch, recipe.lr) == (batch, lr)
+
+
 def test_a_run_is_named_as_in_the_paper():
     recipe = SMALL.recipe(240, batch=64, lr=0.05)
     teacher = SMALL.run("cifar100", "resnet50", recipe, keep=(40, 120))
@@ -85,7 +101,7 @@ def test_laptop_halves_the_images_of_cifar_and_of_what_replaces_it(photos):
     assert own.dataset("cifar100+blur1").startswith("photos@")
     assert own.dataset("cifar100+blur1").endswith("+half+blur1")
     recipe = own.recipe(240, batch=64, lr=0.05)
-    assert own.run("cifar100+blur1", "resnet50", recipe).images == 10_000
+    assert own.run("cifar100+blur1", "resnet50", recipe).images == 20_000
     assert own.run("mnist", "lenet", recipe).images is None
     assert LAPTOP.scale == "reduced"
     assert len(LAPTOP.grid_seeds) == 3

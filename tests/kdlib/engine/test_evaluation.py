@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kdlib import load_data, store, train
 from kdlib.engine import LogitCache
 from kdlib.engine import evaluation as evaluation_module
+from kdlib.engine import trainer as trainer_module
 from kdlib.engine.evaluation import evaluate, validation_logits
 from kdlib.engine.plan import validation
 from kdlib.errors import StoreError
@@ -34,6 +35,35 @@ def test_every_classifier_is_evaluated_on_all_test_images(taught):
                 expected[f"{prefix}_kl"] = kl.item()
     assert got == pytest.approx(expected, rel=1e-4)
     assert [*got] == [*expected]
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_part_of_the_test_images_has_all_classes(taught):
+    images, student = load_data("digits", "test"), lively("resnet8-x0.25", classes=10)
+    cache = LogitCache(lively("resnet8-x0.25", 1, classes=10), images) if taught else None
+    index = images.first_index(20)
+    assert torch.bincount(images.labels[index], minlength=10).tolist() == [2] * 10
+    part = evaluate({"student": student}, images, cache, count=20)
+    logits = student(images.batch(index)).detach()
+    expected = F.cross_entropy(logits, images.labels[index]).item()
+    assert part["test_ce"] == pytest.approx(expected, rel=1e-4)
+    whole = evaluate({"student": student}, images, cache)
+    assert evaluate({"student": student}, images, cache, count=10**6) == whole
+
+
+def test_a_run_on_a_part_of_the_images_is_tested_on_all_where_it_keeps_weights(tiny, monkeypatch):
+    counts = []
+
+    def counting(classifiers, images, cache, count=None):
+        counts.append(count)
+        return evaluate(classifiers, images, cache, count)
+
+    monkeypatch.setattr(trainer_module, "evaluate", counting)
+    trained = train([tiny(epochs=4, keep=(2,))])[0]  # 128 training images
+    assert counts == [12, None, 12, None]
+    test = load_data("digits", "test")
+    last = evaluate({"student": trained.model()}, test, None)
+    assert trained.final["test_top1"] == pytest.approx(last["test_top1"])
 
 
 def test_the_size_of_chunks_changes_no_validation_logit(monkeypatch):

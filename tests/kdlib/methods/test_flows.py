@@ -4,6 +4,7 @@ import pytest
 import torch
 from by_hand import WITH_KD, assert_same_with_gradients, on_logits, stage_outputs, to_one_size
 from helpers import step_in_float64
+from torch import nn
 from torch.nn import functional as F
 
 from kdlib.methods import FSP, NST
@@ -63,14 +64,17 @@ def test_fsp_of_networks_with_other_channels_adapts_the_students_features(tiny, 
     step = step_in_float64(method, *pair)._replace(teacher_logits=None)
     _, terms = method.loss(step)
     ours, theirs = (stage_outputs(network, step.x) for network in (step.student, step.teacher))
-    adapters = step.aux["adapters"]
-    assert len(adapters) == min(len(ours), len(theirs))
-    adapted = [
-        torch.einsum("oi,bihw->bohw", a.weight[:, :, 0, 0], f) + a.bias[:, None, None]
-        for a, f in zip(adapters, ours, strict=False)
-    ]
+    names = [f"adapter{k}" for k in range(min(len(ours), len(theirs)))]
+    adapted = []
+    for name, feature, wanted in zip(names, ours, theirs, strict=False):
+        if feature.shape[1] != wanted.shape[1]:
+            weight, bias = step.aux[name].weight[:, :, 0, 0], step.aux[name].bias
+            feature = torch.einsum("oi,bihw->bohw", weight, feature) + bias[:, None, None]
+        adapted.append(feature)
+    assert step.aux
     expected = 3.0 * fsp_by_hand(adapted, theirs)
-    assert_same_with_gradients(terms["loss"], expected, [step.student, adapters])
+    trained = nn.ModuleList(step.aux.values())
+    assert_same_with_gradients(terms["loss"], expected, [step.student, trained])
 
 
 # --- NST ------------------------------------------------------------------------------------------
