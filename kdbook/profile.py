@@ -25,11 +25,13 @@ class Profile:
         papers: fields that have another value for one of the papers, by chapter.
         seeds: one training for each seed.
         description: one line for the help text.
+        instead: another of the papers' data sets that runs in place of a paper's data set.
         datasets: replacement for a paper's data set, by name. A data set without a replacement
             stays as it is.
         models: replacement for a paper's network, likewise.
         suffixes: suffix of a paper's data set, also of its replacement, such as ``+half``.
         images: train on this many images of a paper's data set only; by default on all.
+        rates: learning rates that replace the papers', where those are too small for fewer steps.
         batch: the largest batch; a larger one becomes as small, and its rate in proportion smaller.
         repeats: for a paper's data set that is much larger than its replacement, the number of
             epochs of the replacement that count as one epoch of the data set.
@@ -46,10 +48,12 @@ class Profile:
     seeds: tuple[int, ...]
     description: str = ""
     papers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     suffixes: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, int] = field(default_factory=dict)
+    rates: Mapping[float, float] = field(default_factory=dict)
     batch: int | None = None
     repeats: Mapping[str, int] = field(default_factory=dict)
     axis_limit: int | None = None
@@ -63,7 +67,7 @@ class Profile:
         """Whether every run is as long and as large as in the paper, on the paper's data."""
         fewer = self.images or self.axis_limit
         return self.epoch_scale == 1 and not (
-            fewer or self.datasets or self.suffixes or self.models
+            fewer or self.instead or self.datasets or self.suffixes or self.models
         )
 
     @property
@@ -102,7 +106,13 @@ class Profile:
     def dataset(self, paper: str) -> str:
         """The data set that runs for the paper's data set, with the same distortion."""
         base, distortion = split_name(paper)
+        base = self.instead.get(base, base)
         return self.datasets.get(base, base) + self.suffixes.get(base, "") + distortion
+
+    def images_of(self, paper: str) -> int | None:
+        """The number of training images of the data set that runs; None for all."""
+        base = split_name(paper)[0]
+        return self.images.get(self.instead.get(base, base))
 
     def model(self, paper: str) -> str:
         """The network that runs for the paper's network."""
@@ -119,6 +129,7 @@ class Profile:
         """
         scaled = [self._repeat(epoch, data) for epoch in (epochs, *milestones)]
         recipe = Recipe(epochs=scaled[0], milestones=tuple(scaled[1:]), **settings)
+        recipe = replace(recipe, lr=self.rates.get(recipe.lr, recipe.lr))
         if not self.batch or recipe.batch <= self.batch:
             return recipe
         return replace(recipe, batch=self.batch, lr=recipe.lr * self.batch / recipe.batch)
@@ -167,7 +178,7 @@ class Profile:
             recipe=recipe,
             method=method,
             seed=seed,
-            images=self.images.get(split_name(data)[0]),
+            images=self.images_of(data),
             start=start,
             keep=kept,
             save_logits=route,
@@ -209,7 +220,7 @@ class Profile:
             rows.append(("iterations", iterations, self.scale_iterations(iterations)))
         rows += [(label, value, value) for label, value in (others or {}).items()]
         rows = [(label, f"{p} (ours)" if label in ours else p, run) for label, p, run in rows]
-        most = {f"at most {n:,}" if (n := self.images.get(name)) else "all" for name in datasets}
+        most = {f"at most {n:,}" if (n := self.images_of(name)) else "all" for name in datasets}
         rows.append(("seeds", "not stated", len(self.grid_seeds if grid else self.seeds)))
         rows.append(("training images", "all", ", ".join(sorted(most)) or "all"))
         return pd.DataFrame(rows, columns=["", "paper", self.name]).set_index("")

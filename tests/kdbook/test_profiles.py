@@ -55,6 +55,12 @@ def test_a_paper_may_have_values_of_its_own():
     assert rco.scale_epochs(240) == 24
     assert stc.scale_epochs(500) == 10
     assert stc.folder == rco.folder == "laptop"
+    assert rco.recipe(240, batch=64, lr=0.01).lr == 0.05
+    assert stc.recipe(500, batch=64, lr=0.01).lr == 0.01
+    assert rco.dataset("cifar100+noise0.1") == "cifar10+half+noise0.1"
+    assert rco.run("cifar100", "resnet50", rco.recipe(240, batch=64, lr=0.05)).images == 8000
+    assert stc.dataset("cifar100") == "cifar100+half"
+    assert rco.settings("cifar100").loc["data set", "laptop"] == "cifar10+half"
     assert open_profile("paper", paper="stc") == PAPER
 
 
@@ -101,7 +107,7 @@ def test_laptop_halves_the_images_of_cifar_and_of_what_replaces_it(photos):
     assert own.dataset("cifar100+blur1").startswith("photos@")
     assert own.dataset("cifar100+blur1").endswith("+half+blur1")
     recipe = own.recipe(240, batch=64, lr=0.05)
-    assert own.run("cifar100+blur1", "resnet50", recipe).images == 20_000
+    assert own.run("cifar100+blur1", "resnet50", recipe).images == 15_000
     assert own.run("mnist", "lenet", recipe).images is None
     assert LAPTOP.scale == "reduced"
     assert len(LAPTOP.grid_seeds) == 3
