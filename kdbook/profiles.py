@@ -38,8 +38,7 @@ class Profile:
         axis_limit: on each axis of a grid of networks, run only this many values; None for all.
         seeds_of_grid: number of seeds of a grid of networks; None for all.
         further_seeds: those that ``with_further_seeds`` adds.
-        tries: number of values that are tried of a setting that the paper leaves open; None for
-            all.
+        tries: number of values of a tuned setting; None for all.
         keep_route: a teacher with a route keeps the weights of every ``keep_route``-th epoch of
             the paper, and of ``RCO_ANCHORS``. A reader's choice: ``--keep-route``.
         evidence: whether a result may count for or against a paper at all.
