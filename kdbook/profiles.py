@@ -26,6 +26,7 @@ class Profile:
 
     Attributes:
         epoch_scale: number of epochs that run for one epoch of the paper.
+        epoch_scales: the same for one of the papers, by chapter, where it is another number.
         seeds: one training for each seed.
         description: one line for the help text.
         datasets: replacement for a paper's data set, by name. A data set without a replacement
@@ -49,6 +50,7 @@ class Profile:
     epoch_scale: float
     seeds: tuple[int, ...]
     description: str = ""
+    epoch_scales: Mapping[str, float] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     suffixes: Mapping[str, str] = field(default_factory=dict)
@@ -240,9 +242,10 @@ PROFILES = {
     "laptop": Profile(
         name="laptop",
         epoch_scale=1 / 10,
+        epoch_scales={"stc": 1 / 25, "search": 1 / 20},
         seeds=(0, 1, 2),
-        description="CIFAR at 16x16 and MNIST, a tenth of the epochs, small networks: one night "
-        "on a laptop's CPU",
+        description="CIFAR at 16x16 and MNIST, a tenth of the epochs or fewer, small networks: one "
+        "night on a laptop's CPU",
         models=LAPTOP_NETWORKS,
         suffixes={"cifar10": "+half", "cifar100": "+half"},
         images={"cifar10": 5000, "cifar100": 10_000},
@@ -268,6 +271,7 @@ def open_profile(
     name: str = "smoke",
     seeds: Iterable[int] | None = None,
     data: Mapping[str, str] | str | None = None,
+    paper: str = "",
 ) -> Profile:
     """A profile by name, with the reader's own seeds and data sets.
 
@@ -276,6 +280,7 @@ def open_profile(
         seeds: replace the profile's seeds.
         data: replace data sets: ``{"cifar100": "folder:/photos"}``, or the same as text,
             ``"cifar100=folder:/photos"``, with commas between several.
+        paper: the chapter, such as ``stc``, with an ``epoch_scale`` of its own where there is one.
 
     Raises:
         UnknownName: there is no profile or no data set of this name.
@@ -283,7 +288,9 @@ def open_profile(
     """
     if name not in PROFILES:
         raise UnknownName("profile", name, PROFILES)
-    profile = replace(PROFILES[name], keep_route=_keep_route())
+    profile = PROFILES[name]
+    scale = profile.epoch_scales.get(paper, profile.epoch_scale)
+    profile = replace(profile, epoch_scale=scale, keep_route=_keep_route())
     if seeds is not None:
         profile = replace(profile, seeds=tuple(seeds), further_seeds=())
     if data:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from kdlib import losses
 from kdlib.methods.distill import FromTeacher, OnLogits
-from kdlib.models.architecture import MARK
-from kdlib.models.names import builder, count_stages
+from kdlib.models.names import count_stages
 from kdlib.models.precision import AutocastNetwork
 from kdlib.runs import Recipe, Run, Step
 
@@ -193,34 +191,26 @@ class FSP(OnFeatures):
     G holds the inner products of a stage's input channels with its output channels. Stages of the
     same number form a pair, as far as both networks have them. The authors train in two parts: a
     run by this loss alone (ce_weight 0), and a run by the labels alone that starts from the first.
-
-    Raises ValueError where the networks differ in their channels, since G has one entry for each
-    pair of channels.
+    Their networks have equal channels. Where ours differ, 1x1 convolutions that are trained with
+    the student give its features the teacher's channels (an extension of ours).
     """
 
     fsp_weight: float = 1.0
 
-    def check(self, run):
-        models = (run.model, self.teacher.model)
-        if not any(MARK in model for model in models):  # others: see ``aux_modules``
-            self._compare(run.model, *(_widths(model) for model in models))
-
     def aux_modules(self, student, teacher, x):
-        widths = ([f.shape[1] for f in network.features(x)] for network in (student, teacher))
-        self._compare("the student", *widths)
-        return {}
-
-    def _compare(self, student: str, ours: list[int], theirs: list[int]) -> None:
-        if any(own != other for own, other in zip(ours, theirs, strict=False)):
-            raise ValueError(
-                f"FSP needs equal channels: the stem and the stages of {student} have {ours} "
-                f"channels, those of {self.teacher.model} {theirs}."
-            )
+        ours, theirs = ([f.shape[1] for f in net.features(x)] for net in (student, teacher))
+        pairs = [*zip(ours, theirs, strict=False)]
+        if all(own == other for own, other in pairs):
+            return {}
+        return {"adapters": nn.ModuleList(nn.Conv2d(*pair, kernel_size=1) for pair in pairs)}
 
     def features(self, network, x):
         return network.features(x)
 
     def term(self, ours, theirs, step):
+        if "adapters" in step.aux:
+            adapters = step.aux["adapters"]
+            ours = [adapt(f) for adapt, f in zip(adapters, ours, strict=False)]
         flows = zip(pairwise(ours), pairwise(theirs), strict=False)
         return "fsp", self.fsp_weight, sum(losses.fsp(*own, *other) for own, other in flows)
 
@@ -240,14 +230,6 @@ class NST(OnFeatures):
 
     def term(self, ours, theirs, step):
         return "nst", self.nst_weight, losses.nst(*_to_one_size(ours[-1], theirs[-1]))
-
-
-@lru_cache
-def _widths(model: str) -> list[int]:
-    """Output channels of the stem and of every stage. The meta device computes only shapes."""
-    with torch.device("meta"):
-        network = builder(model)(classes=2, channels=1).eval()
-        return [f.shape[1] for f in network.features(torch.empty(1, 1, 32, 32))]
 
 
 def _leaky(layer: type[nn.Module], widths) -> nn.Sequential:

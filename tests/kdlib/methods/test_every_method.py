@@ -50,6 +50,7 @@ FROM_TEACHER = {
     "Hint alone, equal": lambda t: Hint(t, stage=2, ce_weight=0.0),
     "AT": lambda t: AttentionTransfer(t, **WITH_KD),
     "FT": lambda t: FactorTransfer(t, paraphraser=paraphrase(t, PARAPHRASING), **WITH_KD),
+    "FSP": lambda t: FSP(t, kd_weight=0.5),
     "FSP, equal": lambda t: FSP(t, ce_weight=0.5, kd_weight=0.5),
     "FSP alone, equal": lambda t: FSP(t, ce_weight=0.0),
     "NST": lambda t: NST(t, nst_weight=5.0),

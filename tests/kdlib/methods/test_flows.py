@@ -6,7 +6,6 @@ from by_hand import WITH_KD, assert_same_with_gradients, on_logits, stage_output
 from helpers import step_in_float64
 from torch.nn import functional as F
 
-from kdlib import build_model
 from kdlib.methods import FSP, NST
 
 WEIGHTS = {"alone": {}, "with KD": WITH_KD, "first stage": {"ce_weight": 0.0}}
@@ -53,19 +52,25 @@ def test_fsp_and_its_gradient_equal_those_computed_by_hand(tiny, pair, weights):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"),
+    "pair",
     [
         ("resnet8-x0.25", "wrn-10-2-x0.25"),  # only the stems agree
         ("vgg13-x0.0625", "resnet8-x0.5"),
     ],
 )
-def test_fsp_refuses_networks_with_other_channels(tiny, student, teacher):
-    with pytest.raises(ValueError, match="FSP needs equal channels") as refusal:
-        tiny(model=student, method=FSP(tiny(model=teacher)))
-    for name in (student, teacher):
-        features = stage_outputs(build_model(name, 5, 1).eval(), torch.zeros(2, 1, 8, 8))
-        assert f"{name}" in str(refusal.value)
-        assert str([feature.shape[1] for feature in features]) in str(refusal.value)
+def test_fsp_of_networks_with_other_channels_adapts_the_students_features(tiny, pair):
+    method = FSP(tiny(model=pair[1]), fsp_weight=3.0, ce_weight=0.0)
+    step = step_in_float64(method, *pair)._replace(teacher_logits=None)
+    _, terms = method.loss(step)
+    ours, theirs = (stage_outputs(network, step.x) for network in (step.student, step.teacher))
+    adapters = step.aux["adapters"]
+    assert len(adapters) == min(len(ours), len(theirs))
+    adapted = [
+        torch.einsum("oi,bihw->bohw", a.weight[:, :, 0, 0], f) + a.bias[:, None, None]
+        for a, f in zip(adapters, ours, strict=False)
+    ]
+    expected = 3.0 * fsp_by_hand(adapted, theirs)
+    assert_same_with_gradients(terms["loss"], expected, [step.student, adapters])
 
 
 # --- NST ------------------------------------------------------------------------------------------
