@@ -1,11 +1,13 @@
 """Comparisons of the methods of one exhibit: gains over a baseline, margins over the best rival."""
 
 from collections.abc import Iterable
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from kdbook.contrasts import interval
+from kdbook.contrasts import estimate_gaps, interval
 from kdbook.estimates import estimate
 from kdbook.exhibits import Exhibit
 from kdbook.published import paper_cells
@@ -44,6 +46,23 @@ def _differences(exhibit: Exhibit, pairs: Iterable[tuple], index: pd.Index) -> p
         mean = ours.mean() if len(ours) else np.nan
         rows.append((printed - than, mean, *interval(ours)))
     return pd.DataFrame(rows, index, columns=["paper", "ours", "low", "high"])
+
+
+def chances(exhibit: Exhibit, rows: Iterable[str], column: str) -> pd.DataFrame:
+    """The probability that each row is better than each column, for rows of one column of cells.
+
+    It is that of a positive mean difference over all possible seeds, given the differences at our
+    seeds: Student's t around their mean, with the spread pooled over the table (``contrasts``),
+    and nothing assumed beforehand. NaN where a cell is missing, or where there is one seed.
+    """
+    rows = list(rows)
+    table = pd.DataFrame(np.nan, rows, rows)
+    cells = {(row, column): exhibit.cells.get((row, column), {}) for row in rows}
+    for row, other in permutations(rows, 2):
+        gaps = estimate_gaps([{(row, column): 1.0, (other, column): -1.0}], cells)
+        if gaps:
+            table.loc[row, other] = stats.t.cdf(gaps.mean / gaps.error, gaps.df)[0]
+    return table
 
 
 def margin(

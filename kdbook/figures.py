@@ -163,6 +163,20 @@ def draw_gains(
     axes.set_ylim(len(gains) - 0.5, -0.5)
 
 
+def draw_chances(axes: Axes, table: pd.DataFrame) -> None:
+    """A matrix of ``comparisons.chances``: probabilities in %, from one colour to another."""
+    axes.imshow(table, cmap="PuOr_r", vmin=0, vmax=1, aspect="auto")
+    for (row, column), p in np.ndenumerate(table.to_numpy()):
+        if np.isfinite(p):
+            dark = abs(p - 0.5) > 0.35
+            text = f"{100 * p:.0f}"
+            look = {"ha": "center", "va": "center", "fontsize": 5.5}
+            axes.text(column, row, text, color="white" if dark else BLACK, **look)
+    axes.set_xticks(range(len(table.columns)), table.columns, rotation=90, fontsize=6)
+    axes.set_yticks(range(len(table)), table.index, fontsize=6)
+    axes.grid(False)
+
+
 def break_axis(axes: Axes, gains: pd.DataFrame) -> None:
     """End the x axis of ``draw_gains`` near the paper's gains; write what lies beyond as numbers.
 

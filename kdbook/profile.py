@@ -37,6 +37,8 @@ class Profile:
             epochs of the replacement that count as one epoch of the data set.
         axis_limit: on each axis of a grid of networks, run only this many values; None for all.
         seeds_of_grid: number of seeds of a grid of networks; None for all.
+        further_seeds: those that ``with_further_seeds`` adds.
+        tries: number of values of a tuned setting; None for all.
         keep_route: a teacher with a route keeps the weights of every ``keep_route``-th epoch of
             the paper, and of ``RCO_ANCHORS``. A reader's choice: ``--keep-route``.
         evidence: whether a result may count for or against a paper at all.
@@ -58,6 +60,8 @@ class Profile:
     repeats: Mapping[str, int] = field(default_factory=dict)
     axis_limit: int | None = None
     seeds_of_grid: int | None = None
+    further_seeds: tuple[int, ...] = (3, 4)
+    tries: int | None = None
     keep_route: int = 1
     evidence: bool = True
     substitutes: tuple[str, ...] = ()
@@ -90,6 +94,10 @@ class Profile:
     def grid_seeds(self) -> tuple[int, ...]:
         """The seeds of a grid of networks."""
         return self.seeds[: self.seeds_of_grid]
+
+    def with_further_seeds(self) -> "Profile":
+        """The same profile with more seeds, for an exhibit that compares methods of equal rank."""
+        return replace(self, seeds=(*self.seeds, *self.further_seeds), further_seeds=())
 
     def limit_axis(self, values: Iterable) -> tuple:
         """The values that run, of one axis of a grid of networks."""

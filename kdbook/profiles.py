@@ -22,6 +22,8 @@ PROFILES = {
         repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
         axis_limit=2,
         seeds_of_grid=1,
+        further_seeds=(),
+        tries=2,
         evidence=False,
     ),
     "laptop": Profile(
@@ -34,6 +36,7 @@ PROFILES = {
                 "images": {"cifar10": 12_000, "cifar100": 12_000},
             },
             "kr": {"epoch_scale": 1 / 16, "rates": {0.01: 0.1}},
+            "methods": {"epoch_scale": 1 / 27, "images": {"cifar10": 10_000}},
             "rco": {
                 "instead": {"cifar100": "cifar10"},
                 "images": {"cifar10": 8000},
@@ -89,7 +92,7 @@ def open_profile(
     changes = PROFILES[name].papers.get(paper, {})
     profile = replace(PROFILES[name], keep_route=_keep_route(), **changes)
     if seeds is not None:
-        profile = replace(profile, seeds=tuple(seeds))
+        profile = replace(profile, seeds=tuple(seeds), further_seeds=())
     if data:
         pairs = data if isinstance(data, Mapping) else _pairs(data)
         canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}

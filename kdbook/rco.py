@@ -14,7 +14,7 @@ from kdlib.chains.divergence import logits_of, teacher_of, training_images
 from kdlib.data import Images, load_data
 from kdlib.engine.device import pick_device
 from kdlib.engine.plan import mix
-from kdlib.methods import RocketLaunching, multi_stage
+from kdlib.methods import RocketLaunching
 from kdlib.runs import Run
 from kdlib.store import Trained
 
@@ -29,8 +29,9 @@ def epochs_spent(trained: Trained) -> float:
 
 def repeated(run: Run, times: int) -> Run:
     """The last of several stages that all learn as ``run``, which is the first of them."""
-    further = [run.method.teacher_epoch] * (times - 1)
-    return multi_stage(replace(run, start=run), further)[-1] if further else run
+    for _ in range(times - 1):
+        run = replace(run, start=run, keep=())
+    return run
 
 
 def at_equal_cost(

@@ -8,6 +8,7 @@ from kdlib.chains import (
     GreedySearch,
     OnDistorted,
     RandomStudent,
+    Tuned,
 )
 from kdlib.data import load_data
 from kdlib.engine import train

@@ -199,8 +199,8 @@ def test_no_file_is_long_and_kdlib_is_small():
         counted[module.partition(".")[0]] += code_lines(path)
     # 4,000, and 450 for what training on lent machines needs: deadlines, states within an epoch,
     # a writer beside training, half precision on a CPU. 150 more for the second reading of KR and
-    # the controls that the papers lack.
-    assert counted["kdlib"] <= 4600, dict(counted)
+    # the controls that the papers lack. 100 more for settings that are tuned on held-out images.
+    assert counted["kdlib"] <= 4700, dict(counted)
 
 
 # --- generated text and notebooks -----------------------------------------------------------------

@@ -3,3 +3,4 @@
 from kdlib.chains.calibration import Calibration, OnDistorted
 from kdlib.chains.found import AlphaStudent, FoundStudent, RandomStudent
 from kdlib.chains.greedy import GreedySearch
+from kdlib.chains.tuned import Tuned

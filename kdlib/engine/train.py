@@ -23,7 +23,14 @@ CACHES = CachePool()
 
 
 class RunChain(Protocol):
-    """A chain of runs, each known only when the one before it is trained."""
+    """A chain of runs, each known only when the one before it is trained.
+
+    Attributes:
+        tolerant: ``next_run`` is asked also after a run whose loss was not finite, with None. Such
+            a chain ends where it names the same run again.
+    """
+
+    tolerant: bool = False
 
     def next_run(self, trained: Trained | None) -> Run | None:
         """The run after ``trained``; the first run if that is None. None after the last run.
@@ -134,12 +141,12 @@ class _Session:
             self.ensure(runs, weights)
             for k, run_chain in [*chains.items()]:
                 after = None
-                if runs[k].id not in self.failures:
+                if runs[k].id not in self.failures or getattr(run_chain, "tolerant", False):
                     try:
                         after = self._next_run(run_chain, runs[k])
                     except NothingFound as error:
                         unfound[k] = error
-                if after:
+                if after and after != runs[k]:
                     runs[k] = after
                 else:
                     del chains[k]

@@ -64,7 +64,9 @@ class RocketLaunching(WithPeer):
 
 @dataclass(frozen=True)
 class MutualLearning(WithPeer):
-    """DML: each learns from CE + KL(the other ‖ itself) at T = 1 (Zhang et al. 2018)."""
+    """DML: each learns from CE + kd_weight·KL(the other ‖ itself) at T = 1 (Zhang et al. 2018)."""
+
+    kd_weight: float = 1.0
 
     def loss(self, step):
         logits, peer = step.student(step.x), step.aux["peer"](step.x)
@@ -72,7 +74,8 @@ class MutualLearning(WithPeer):
         kd = losses.kd(logits, peer, temperature=1)
         peer_kd = losses.kd(peer, logits, temperature=1)
         terms = {"ce": ce, "kd": kd, "peer_ce": peer_ce, "peer_kd": peer_kd}
-        return logits, {"loss": sum(terms.values()), **terms}
+        loss = ce + self.kd_weight * kd + peer_ce + self.kd_weight * peer_kd
+        return logits, {"loss": loss, **terms}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,16 @@ class OneStage(Wrapper):
 
     Attributes:
         method: how to learn from each checkpoint, such as ``KD(teacher)``.
-        gap: M_gap, the interval of the anchors, in epochs.
+        gap: M_gap, the interval of the anchors, in epochs of the student.
+        stride: the same interval in epochs of the teacher, where it had longer training than the
+            student; None for ``gap``.
 
-    Raises ValueError for a gap that is not a whole number of at least 1.
+    Raises ValueError for a gap or a stride that is not a whole number of at least 1.
     """
 
     method: FromTeacher
     gap: int
+    stride: int | None = None
 
     def __post_init__(self):
         if self.gap < 1 or self.gap != int(self.gap):
@@ -35,6 +38,11 @@ class OneStage(Wrapper):
                 f"with the teacher in training beside the student, is RocketLaunching."
             )
         object.__setattr__(self, "gap", int(self.gap))
+        if self.stride is not None:
+            if self.stride < 1 or self.stride != int(self.stride):
+                raise ValueError(f"stride={self.stride}: give a whole number of at least 1.")
+            stride = None if self.stride == self.gap else int(self.stride)
+            object.__setattr__(self, "stride", stride)
         # The method's own checkpoint makes no difference, so it must not change the id.
         object.__setattr__(self, "method", replace(self.method, at=None))
 
@@ -44,7 +52,7 @@ class OneStage(Wrapper):
 
     def teacher_at(self, epoch):
         teacher = self.method.teacher
-        at = min((epoch // self.gap + 1) * self.gap, teacher.recipe.epochs)
+        at = min((epoch // self.gap + 1) * (self.stride or self.gap), teacher.recipe.epochs)
         return Checkpoint(teacher, at)
 
 

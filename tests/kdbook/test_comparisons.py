@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from kdbook.comparisons import gains, row_gains
+from kdbook.comparisons import chances, gains, row_gains
 from kdbook.contrasts import interval
 from kdbook.exhibits import Exhibit
 from kdbook.profiles import open_profile
@@ -42,3 +43,32 @@ def test_gains_of_rows_are_paired_by_seed_and_positive_where_accuracies_rise():
     assert np.isnan([table.paper["own"], table.low["own"]]).all()
     assert table.index[0] == "Teacher"
     assert table.index[-1] == "own"
+
+
+def test_two_rows_have_the_probability_of_a_one_sided_paired_t_test():
+    a, b = {0: 80.0, 1: 82.0, 2: 81.0}, {0: 79.5, 1: 80.0, 2: 80.8}
+    cells = {("A", "accuracy"): a, ("B", "accuracy"): b}
+    table = chances(exhibit("book/methods", cells), ["A", "B"], "accuracy")
+    p = stats.ttest_rel([*a.values()], [*b.values()], alternative="greater").pvalue
+    assert table.loc["A", "B"] == pytest.approx(1 - p)
+    assert table.loc["B", "A"] == pytest.approx(p)
+    assert np.isnan(table.loc["A", "A"])
+
+
+def test_the_spread_of_a_probability_is_that_of_the_whole_table():
+    random = np.random.default_rng(0)
+    noise = {row: random.normal(0, 1, 3) for row in "ABCDEF"}
+    cells = {
+        (row, "accuracy"): dict(enumerate(values - values.mean() + (row == "A")))
+        for row, values in noise.items()
+    }
+    made = exhibit("book/methods", cells)
+    alone = chances(made, ["A", "B"], "accuracy").loc["A", "B"]
+    together = chances(made, "ABCDEF", "accuracy").loc["A", "B"]
+    assert 0.5 < alone != together > 0.5
+
+
+def test_one_seed_or_a_missing_row_has_no_probability():
+    cells = {("A", "accuracy"): {0: 80.0}, ("B", "accuracy"): {0: 81.0}}
+    table = chances(exhibit("book/methods", cells), ["A", "B", "C"], "accuracy")
+    assert table.isna().all(axis=None)

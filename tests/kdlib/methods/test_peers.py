@@ -15,8 +15,11 @@ PEER = ("resnet14-x0.25", SECOND_RECIPE)
 METHODS = [
     RocketLaunching(*PEER, temperature=4.0, kd_weight=0.7),
     MutualLearning(*PEER),
+    MutualLearning(*PEER, kd_weight=0.5),
 ]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+every_method = pytest.mark.parametrize(
+    "method", METHODS, ids=lambda m: f"{type(m).__name__}-{m.kd_weight}"
+)
 
 
 @every_method
@@ -31,8 +34,8 @@ def test_a_pair_equals_two_networks_in_a_plain_pytorch_loop(tiny, method):
         ours, theirs = student(x), peer(x)
         ce, peer_ce = (F.cross_entropy(logits, labels) for logits in (ours, theirs))
         if isinstance(method, MutualLearning):
-            peer_ce = peer_ce + kl(ours, theirs)
-            yield ce + kl(theirs, ours)
+            peer_ce = peer_ce + method.kd_weight * kl(ours, theirs)
+            yield ce + method.kd_weight * kl(theirs, ours)
         else:
             yield ce + 0.7 * kl(theirs, ours, 4)
         yield peer_ce
@@ -55,7 +58,8 @@ def test_the_log_has_the_terms_and_the_peers_accuracy(tiny, method):
     log = trained.log
     assert (log.test_ce != log.test_peer_ce).all()
     if isinstance(method, MutualLearning):
-        total = log.train_ce + log.train_kd + log.train_peer_ce + log.train_peer_kd
+        mutual = log.train_kd + log.train_peer_kd
+        total = log.train_ce + log.train_peer_ce + method.kd_weight * mutual
     else:
         total = log.train_ce + 0.7 * log.train_kd + log.train_peer_ce
     assert log.train_loss.tolist() == pytest.approx(total.tolist(), rel=1e-5)

@@ -46,6 +46,25 @@ def test_a_whole_gap_may_be_a_float(tiny):
     assert isinstance(method.gap, int)
 
 
+@pytest.mark.parametrize(
+    ("gap", "stride", "expected"),
+    [(1, 3, [3, 6, 9, 10]), (2, 5, [5, 5, 10, 10]), (2, None, [2, 2, 4, 4])],
+)
+def test_a_teacher_with_longer_training_has_anchors_in_its_own_epochs(tiny, gap, stride, expected):
+    method = OneStage(KD(tiny(epochs=10)), gap, stride)
+    assert [method.teacher_at(epoch).epoch for epoch in range(4)] == expected
+
+
+def test_a_stride_of_one_gap_is_none_and_changes_no_id(tiny):
+    teacher = tiny(epochs=4)
+    same = [tiny(method=OneStage(KD(teacher), 2, stride), seed=1) for stride in (None, 2, 2.0)]
+    assert len({run.id for run in same}) == 1
+    assert tiny(method=OneStage(KD(teacher), 2, 4), seed=1).id != same[0].id
+    for stride in (0, 1.5):
+        with pytest.raises(ValueError, match=f"stride={stride}"):
+            OneStage(KD(teacher), 2, stride)
+
+
 def test_each_epoch_learns_from_its_own_anchor_at_a_rate_that_continues(tiny):
     teacher = tiny(epochs=4)
     methods = OneStage(KD(teacher), gap=2), KD(teacher, at=2)
