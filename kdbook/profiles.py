@@ -39,8 +39,8 @@ PROFILES = {
             "methods": {"epoch_scale": 1 / 27, "images": {"cifar10": 10_000}},
             "rco": {
                 "instead": {"cifar100": "cifar10"},
-                "images": {"cifar10": 8000},
-                "rates": {0.01: 0.05},
+                "images": {"cifar10": 10_000},
+                "rates": {0.05: 0.1, 0.01: 0.05},
             },
         },
         seeds=(0, 1, 2),

@@ -58,7 +58,7 @@ def test_a_paper_may_have_values_of_its_own():
     assert rco.recipe(240, batch=64, lr=0.01).lr == 0.05
     assert stc.recipe(500, batch=64, lr=0.01).lr == 0.01
     assert rco.dataset("cifar100+noise0.1") == "cifar10+half+noise0.1"
-    assert rco.run("cifar100", "resnet50", rco.recipe(240, batch=64, lr=0.05)).images == 8000
+    assert rco.run("cifar100", "resnet50", rco.recipe(240, batch=64, lr=0.05)).images == 10_000
     assert stc.dataset("cifar100") == "cifar100+half"
     assert rco.settings("cifar100").loc["data set", "laptop"] == "cifar10+half"
     assert open_profile("paper", paper="stc") == PAPER
