@@ -40,7 +40,10 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
         if not contrasts:
             return None
         members, contrasts = contrasts, [_mean_of(contrasts)]
-    gaps = estimate_gaps(contrasts, cells, comparable(claim))
+    if claim.get("log"):
+        cells = _logarithms(cells, {column for c in contrasts for _, column in c})
+    columns = None if claim.get("own_spread") else comparable(claim)
+    gaps = estimate_gaps(contrasts, cells, columns)
     if gaps is None:
         return None
     weakest = int(gaps.mean.argmin())
@@ -83,6 +86,15 @@ def contrasts_of(claim: dict) -> list[Contrast]:
 def _difference(names: Sequence[str], claim: dict, sign: int) -> Contrast:
     higher, lower = (cell_of(name, claim) for name in names)
     return {higher: sign, lower: -sign}
+
+
+def _logarithms(cells: Cells, columns: set[str]) -> Cells:
+    """The logarithms of the cells of some columns: a gap of them is the logarithm of a ratio."""
+    return {
+        cell: {seed: math.log(value) for seed, value in values.items()}
+        for cell, values in cells.items()
+        if cell[1] in columns
+    }
 
 
 def comparable(claim: dict) -> set[str]:

@@ -192,6 +192,32 @@ def test_the_size_of_a_gap_is_compared_at_full_scale_alone(verdict, published):
     assert verdict(claim, far, "reduced").verdict == "not comparable"
 
 
+def test_a_claim_on_one_network_is_judged_by_its_own_spread(verdict):
+    random = np.random.default_rng(0)
+    cells = {f"row {k}": seeds(*(70 + random.normal(0, 0.1, 3))) for k in range(9)}
+    cells |= {"a": seeds(70.1, 71.0, 71.4), "b": seeds(70.0, 70.0, 70.0)}
+    own = verdict(GAP | {"own_spread": True}, cells)
+    assert own.resolution == pytest.approx(t_bound([0.1, 1.0, 1.4]))
+    calm = cells | {"a": seeds(70.1, 70.2, 70.1)}
+    assert verdict(GAP, calm).resolution != verdict(GAP | {"own_spread": True}, calm).resolution
+
+
+def test_a_ratio_is_compared_as_a_logarithm(verdict, published):
+    published(a="1.45", b="1.59")
+    claim = GAP | {"kind": "gain", "log": True, "tolerance": 0.05}
+    losses = {"b": seeds(3.0, 3.2, 3.1), ("c", "gap"): {0: -1.0}}
+    close = {"a": seeds(2.74, 2.91, 2.83)}
+    ratio = verdict(claim, losses | close)
+    assert ratio.verdict == "reproduced"
+    assert ratio.paper == pytest.approx(math.log(1.45 / 1.59))
+    own = np.log([2.74 / 3.0, 2.91 / 3.2, 2.83 / 3.1]).mean()
+    assert ratio.estimate == pytest.approx(own - ratio.paper)
+    assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}).verdict == "differs"
+    assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}, "reduced").verdict == (
+        "not comparable"
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"), [(None, "no verdict"), (["b"], "no verdict"), (["c"], "supported")]
 )
