@@ -68,7 +68,7 @@ class Verdict:
 
 
 def judge(
-    exhibit: str, ours: Cells, scale: str, failed: Mapping[str, Iterable[str] | None] | None = None
+    exhibit: str, ours: Cells, scale: str, failed: Mapping[str, Iterable | None] | None = None
 ) -> list[Verdict]:
     """Verdicts on all claims of an exhibit.
 
@@ -76,7 +76,7 @@ def judge(
         ours: our cells.
         scale: ``full`` where profile and data are the paper's, ``reduced`` where they are not,
             ``smoke`` where the runs are no evidence. Counted numbers do not depend on it.
-        failed: checks that failed, with the rows that they concern; None for all rows.
+        failed: checks that failed, with the rows and the cells that they concern; None for all.
     """
     verdicts = []
     for claim in all_claims():
@@ -113,14 +113,22 @@ def _withheld(claim: dict, row: str | None, measured: Verdict, scale: str, faile
     """Why there is no verdict; empty if there is one."""
     if scale == SMOKE:
         return "a smoke run is no evidence"
-    named = {row} if row else {cell[0] for c in contrasts_of(claim) for cell in c}
-    named |= set(claim.get("rows", ()))
+    cells = _cells(claim, row)
+    named = cells | {name for name, _ in cells}
     for text, rows in failed.items():
         if rows is None or not named or named & set(rows):
             return f"a check failed: {text}"
     if measured.n < 2:
         return "one seed"
     return ""
+
+
+def _cells(claim: dict, row: str | None) -> set[tuple[str, str]]:
+    """The cells that a claim, or one row of it, reads; none if they are all rows of a column."""
+    rows = [row] if row else claim.get("rows", ())
+    columns = [claim[key] for key in ("x", "y") if key in claim] or [claim.get("column")]
+    listed = {(name, column) for name in rows for column in columns}
+    return listed | {cell for contrast in contrasts_of(claim) for cell in contrast}
 
 
 def _signed(claim: dict, verdict: Verdict) -> Verdict:

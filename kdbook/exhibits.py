@@ -47,7 +47,7 @@ class Exhibit:
             raise UnknownName("exhibit", name, known)
         self.name, self.profile = name, profile
         self.cells: dict[tuple[str, str], dict[int | None, float]] = {}
-        self.failed: dict[str, list[str] | None] = {}
+        self.failed: dict[str, list[str | tuple[str, str]] | None] = {}
         self.used: dict[str, Trained] = {}
         self.started = time.time()
         self._judged: list[Verdict] | None = None  # None: cells were added since the last verdicts
@@ -96,15 +96,18 @@ class Exhibit:
         self.cells[row, column] = {None: float(value)}
         self._judged = None
 
-    def check(self, text: str, passed: bool, rows: Iterable[str] | None = None) -> None:
+    def check(
+        self, text: str, passed: bool, rows: Iterable[str | tuple[str, str]] | None = None
+    ) -> None:
         """Add a check of the experiment itself, such as "the teacher is above its student".
 
         Where it fails, the experiment cannot test the claims on ``rows`` (None: on all rows), and
-        there is no verdict on them.
+        there is no verdict on them. ``rows`` may name cells (row, column) as well.
         """
-        self.failed.pop(text, None)
+        before = self.failed.pop(text, [])
         if not passed:
-            self.failed[text] = None if rows is None else [*rows]
+            all_rows = rows is None or before is None
+            self.failed[text] = None if all_rows else [*dict.fromkeys([*before, *rows])]
         self._judged = None
 
     def add_runs(self, *results: Trained | None) -> None:
@@ -234,6 +237,8 @@ class Exhibit:
     def record(self) -> str:
         """Write table, verdicts and provenance, copy the records of all runs; return a footer.
 
+        The footer names the checks that failed.
+
         Raises StoreError where the results folder cannot be written. No run is lost then.
         """
         about = self.provenance()
@@ -252,6 +257,7 @@ class Exhibit:
             f"{self.name} · commit {about['commit']} · profile {self.profile.folder} · "
             f"data {about['data'] or 'none'} · seeds {about['seeds']} · {about['device']} · "
             f"{about['wall_seconds']:.0f} s"
+            + "".join(f"\na check failed: {text}" for text in self.failed)
         )
 
     def provenance(self) -> dict:

@@ -219,13 +219,27 @@ def test_a_ratio_is_compared_as_a_logarithm(verdict, published):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(None, "no verdict"), (["b"], "no verdict"), (["c"], "supported")]
+    ("rows", "expected"),
+    [
+        (None, "no verdict"),
+        (["b"], "no verdict"),
+        (["c"], "supported"),
+        ([("b", "top1")], "no verdict"),
+        ([("b", "loss")], "supported"),
+    ],
 )
 def test_a_failed_check_withholds_verdicts(verdict, rows, expected):
     cells = {"a": seeds(71.0, 71.2, 71.1), "b": seeds(70.0, 70.1, 70.2)}
     found = verdict(GAP, cells, failed={"The teacher is better.": rows})
     assert found.verdict == expected
     assert ("The teacher is better." in found.detail) == (expected == "no verdict")
+
+
+def test_a_failed_check_of_another_row_leaves_the_value_of_a_row(verdicts, published):
+    published(a="70.0", b="60.0")
+    cells = {"a": seeds(70.0, 70.1), "b": seeds(60.0, 60.1)}
+    found = verdicts(VALUE | {"rows": ["a", "b"]}, cells, failed={"Above chance.": ["b"]})
+    assert [v.verdict for v in found] == ["reproduced", "no verdict"]
 
 
 def test_a_contrast_weighs_cells_of_several_columns(verdict):
