@@ -31,10 +31,11 @@ class Verdict:
             ``WORDS``; ``not comparable`` for numbers that only a run at full scale can test;
             ``no verdict``, for the reason in ``detail``; ``not run``.
         detail: the rival or the step with the smallest gap; for a family the share of wins; the
-            reason of ``no verdict``.
+            reason of ``no verdict``; the claim that asks for the sign of the same gap.
         estimate: our number: for a value its difference from the paper's value, for a correlation
             the coefficient, otherwise the claimed gap (the smallest one of several).
-        low, high: one-sided 95 % bounds of a relation; the 95 % interval of a value.
+        low, high: one-sided 95 % bounds of a relation; the two-sided 95 % interval of a value, of
+            the size of a gap and of an equality.
         resolution: the distance from the estimate to its bound; a smaller gap is not found.
         paper: the same quantity, computed from the paper's numbers.
         power: the probability of ``supported`` or ``holds here`` if the paper's gap were the truth
@@ -104,8 +105,10 @@ def _judge(
         return replace(measured, verdict=_counted(measured, claim))
     if reason := _withheld(claim, row, measured, scale, failed):
         return replace(measured, verdict="no verdict", detail=reason, power=math.nan)
-    if scale != "full" and _needs_full_scale(claim):
-        return replace(measured, verdict="not comparable", detail="", power=math.nan)
+    if scale != "full" and (_needs_full_scale(claim) or _without_margin(claim)):
+        same = _without_margin(claim)
+        detail = f"the sign of this gap is judged as {same}" if same else ""
+        return replace(measured, verdict="not comparable", detail=detail, power=math.nan)
     return replace(measured, verdict=_word(measured, claim, scale))
 
 
@@ -146,6 +149,23 @@ def _needs_full_scale(claim: dict) -> bool:
     sign to ask for.
     """
     return claim["kind"] in ("value", "gain", "equal") or claim.get("margin", 0.0) < 0
+
+
+def _without_margin(claim: dict) -> str:
+    """The claim that compares the same cells without a margin; empty where there is none.
+
+    Margins are 0 below full scale, so both claims would ask the same question there.
+    """
+    if claim.get("margin", 0.0) <= 0:
+        return ""
+    same = (
+        other["id"]
+        for other in all_claims()
+        if (other["exhibit"], other["kind"]) == (claim["exhibit"], claim["kind"])
+        and not other.get("margin")
+        and contrasts_of(other) == contrasts_of(claim)
+    )
+    return next(same, "")
 
 
 def _counted(measured: Verdict, claim: dict) -> str:

@@ -30,7 +30,8 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
 
     ``low`` is the smallest of the lower bounds: a claim on several gaps is found only if each of
     them is found, so no bound needs a correction (intersection–union test, Berger 1982). ``high``
-    is the smallest of the upper bounds, which are corrected for their number (Bonferroni).
+    is the smallest of the upper bounds, which are corrected for their number (Bonferroni). A gain
+    and an equality have a two-sided 95 % interval: they can fail on either side.
     """
     if claim["kind"] == "correlation":
         return _correlation(claim, cells)
@@ -47,8 +48,9 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
     if gaps is None:
         return None
     weakest = int(gaps.mean.argmin())
-    low = (gaps.mean - gaps.width()).min()  # NaN where one of the contrasts has no bound
-    high = (gaps.mean + gaps.width(tests=len(contrasts))).min()
+    sides = 2 if claim["kind"] in ("gain", "equal") else 1
+    low = (gaps.mean - gaps.width(sides)).min()  # NaN where one of the contrasts has no bound
+    high = (gaps.mean + gaps.width(sides * len(contrasts))).min()
     exact = claim["kind"] == "equal" and np.ptp(gaps.by_seed) == 0  # counts that agree in all seeds
     if claim.get("deterministic") or exact:
         low = high = gaps.mean[weakest]

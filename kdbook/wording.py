@@ -21,7 +21,7 @@ def claim_text(verdict) -> str:
 def verdict_text(verdict) -> str:
     """The verdict, and what a reader must know beside it."""
     text, detail = verdict.verdict, verdict.detail if isinstance(verdict.detail, str) else ""
-    if text == "no verdict":
+    if text == "no verdict" or (text == "not comparable" and detail):
         return f"{text}: {detail}"
     notes = []
     if text == "unresolved here":

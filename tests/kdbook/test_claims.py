@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kdbook import claims, estimates
+from kdbook import claims, estimates, wording
 from kdbook import published as published_module
 from kdbook.claims import judge
 
@@ -173,6 +173,22 @@ def test_a_gap_must_exceed_its_margin_at_full_scale(verdict):
     assert verdict(GAP | {"margin": 1.0}, cells).verdict == "contradicted"
     assert verdict(GAP | {"margin": -0.5}, cells).verdict == "supported"
     assert verdict(GAP | {"margin": 1.0}, cells, "reduced").verdict == "holds here"
+
+
+def test_below_full_scale_a_gap_is_judged_once(published, monkeypatch):
+    """Of two claims on one gap, the one with a margin asks nothing of its own there."""
+    about = {"exhibit": "x/table1", "column": "top1", "statement": "", "where": ""}
+    both = [about | GAP | {"id": "x/table1/over"}]
+    both += [about | GAP | {"id": "x/table1/clearly", "margin": 0.5}]
+    for module in (claims, estimates):
+        monkeypatch.setattr(module, "all_claims", lambda: both)
+    cells = {("a", "top1"): seeds(71.0, 71.2, 71.1), ("b", "top1"): seeds(70.0, 70.1, 70.2)}
+    assert [v.verdict for v in judge("x/table1", cells, "full")] == ["supported", "supported"]
+    over, clearly = judge("x/table1", cells, "reduced")
+    assert (over.verdict, clearly.verdict) == ("holds here", "not comparable")
+    assert wording.verdict_text(clearly) == (
+        "not comparable: the sign of this gap is judged as x/table1/over"
+    )
 
 
 def test_at_most_half_a_point_below_can_be_asked_at_full_scale_alone(verdict):
@@ -402,6 +418,18 @@ def test_wins_compare_every_run_with_every_rival(verdict):
     found = verdict(FAMILY, cells)
     wins = stats.mannwhitneyu([1, 2, 3], [0, 2, 5]).statistic / 9
     assert found.detail.startswith(f"wins {wins:.0%} [")
+
+
+def test_a_value_a_gain_and_an_equality_have_a_two_sided_interval(verdicts, published):
+    """All three are two one-sided tests at 2.5 %: the mean and the spread are the same here."""
+    published(a="70.0", b="70.0")
+    cells = {"a": seeds(70.1, 70.4, 70.3), "b": seeds(70.0, 70.0, 70.0)}
+    rules = [VALUE | {"rows": ["a"]}, GAP | {"kind": "gain", "tolerance": 1.0, "own_spread": True}]
+    rules += [GAP | {"kind": "equal", "tolerance": 1.0, "own_spread": True}]
+    found = {(round(v.low, 9), round(v.high, 9)) for rule in rules for v in verdicts(rule, cells)}
+    scale = stats.sem([0.1, 0.4, 0.3])
+    (interval,) = found
+    assert interval == pytest.approx(stats.t.interval(0.95, df=2, loc=0.8 / 3, scale=scale))
 
 
 def test_an_unknown_kind_of_claim_is_named(verdict):
