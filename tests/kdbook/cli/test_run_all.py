@@ -58,6 +58,12 @@ def test_the_list_has_every_notebook_and_its_cost(monkeypatch, capsys):
             assert text in line
 
 
+def test_snakemake_gets_the_names_of_exhibits(parse, monkeypatch):
+    monkeypatch.setenv("KDLIB_GPUS", "")
+    command = run_all.snakemake(parse("--only", "stc/table1, kr/04_table1"))
+    assert "only=stc/table1,kr/table1" in command
+
+
 def test_help_describes_every_profile(parse, capsys):
     with pytest.raises(SystemExit) as left:
         parse("--help")
