@@ -40,7 +40,7 @@ environment variables:
   KDLIB_HOME            folder of trained weights (default: runs/)
   KDLIB_RESULTS         folder of results (default: results/)
   KDLIB_DATA            folder of downloaded data sets (default: data/)
-  KDLIB_VENV            folder of the Python environment (default: the active environment if it
+  KDLIB_VENV            folder of the Python environment (default: that of the Python on PATH if it
                         has all packages, else .venv/)
   KDLIB_PARALLEL, KDLIB_KEEP_ROUTE
                         the same as --parallel and --keep-route
