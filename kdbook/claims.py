@@ -234,6 +234,8 @@ def _measure_value(claim: dict, row: str, ours: Cells) -> Verdict:
 
 def _measure(claim: dict, ours: Cells, scale: str) -> Verdict:
     unit = unit_of(claim["exhibit"], claim["column"]) if "column" in claim else ""
+    if claim.get("log"):
+        unit = "log of ratio"
     printed = estimate(claim, paper_cells(claim["exhibit"]))
     paper = printed.estimate if printed else math.nan
     tolerance = claim.get("tolerance", math.nan)

@@ -17,7 +17,7 @@ from kdbook import figures, provenance, wording
 from kdbook.claims import Verdict, as_table, judge
 from kdbook.contrasts import interval, possible
 from kdbook.profiles import Profile
-from kdbook.published import all_claims, paper_cells, published
+from kdbook.published import all_claims, paper_cells, published, unit_of
 from kdlib import files, store
 from kdlib.engine.graph import ancestry
 from kdlib.errors import UnknownName
@@ -126,12 +126,11 @@ class Exhibit:
         ``counted`` says whether our value is counted instead of trained.
         """
         paper = paper_cells(self.name)
-        units = published()[published().exhibit == self.name].groupby("column").unit.first()
         rows = []
         for row, column in dict.fromkeys([*paper, *self.cells]):
             cell = self.cells.get((row, column), {})
             values = np.array(list(cell.values()))
-            unit, (low, high) = units.get(column, ""), interval(values)
+            unit, (low, high) = unit_of(self.name, column), interval(values)
             if not possible(low, high, unit):
                 low = high = np.nan
             rows.append(
