@@ -256,7 +256,7 @@ class Exhibit:
             f"{self.name} · commit {about['commit']} · profile {self.profile.folder} · "
             f"data {about['data'] or 'none'} · seeds {about['seeds']} · {about['device']} · "
             f"{about['wall_seconds']:.0f} s"
-            + "".join(f"\na check failed: {text}" for text in self.failed)
+            + "".join(f"\n{wording.failure_text(*failure)}" for failure in self.failed.items())
         )
 
     def provenance(self) -> dict:

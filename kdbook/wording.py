@@ -41,6 +41,12 @@ def verdict_text(verdict) -> str:
     return f"{text} ({'; '.join(notes)})" if notes else text
 
 
+def failure_text(check: str, rows) -> str:
+    """A failed check with the rows and cells that it concerns, None for all."""
+    names = [row if isinstance(row, str) else " @ ".join(row) for row in rows or ["all rows"]]
+    return f"A check failed ({', '.join(names)}): {check}"
+
+
 def power_text(power: float) -> str:
     return "" if pd.isna(power) else f"{power:.0%}"
 

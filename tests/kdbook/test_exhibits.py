@@ -117,7 +117,7 @@ def test_a_failed_check_of_two_rows_concerns_both_and_stands_in_the_footer(table
     table2.check(text, False, ["S-KD"])
     table2.check(text, False, [("S-RCO", "top1")])
     assert table2.failed == {text: ["S-KD", ("S-RCO", "top1")]}
-    assert table2.record().endswith(f"\na check failed: {text}")
+    assert table2.record().endswith(f"\nA check failed (S-KD, S-RCO @ top1): {text}")
     table2.check(text, False)
     table2.check(text, False, ["S-KD"])
     assert table2.failed == {text: None}
