@@ -105,8 +105,8 @@ def _judge(
         return replace(measured, verdict=_counted(measured, claim))
     if reason := _withheld(claim, row, measured, scale, failed):
         return replace(measured, verdict="no verdict", detail=reason, power=math.nan)
-    if scale != "full" and (_needs_full_scale(claim) or _without_margin(claim)):
-        same = _without_margin(claim)
+    if scale != "full" and (_needs_full_scale(claim) or without_margin(claim)):
+        same = without_margin(claim)
         detail = f"the sign of this gap is judged as {same}" if same else ""
         return replace(measured, verdict="not comparable", detail=detail, power=math.nan)
     return replace(measured, verdict=_word(measured, claim, scale))
@@ -151,7 +151,7 @@ def _needs_full_scale(claim: dict) -> bool:
     return claim["kind"] in ("value", "gain", "equal") or claim.get("margin", 0.0) < 0
 
 
-def _without_margin(claim: dict) -> str:
+def without_margin(claim: dict) -> str:
     """The claim that compares the same cells without a margin; empty where there is none.
 
     Margins are 0 below full scale, so both claims would ask the same question there.

@@ -91,9 +91,12 @@ def _difference(names: Sequence[str], claim: dict, sign: int) -> Contrast:
 
 
 def _logarithms(cells: Cells, columns: set[str]) -> Cells:
-    """The logarithms of the cells of some columns: a gap of them is the logarithm of a ratio."""
+    """The logarithms of the cells of some columns: a gap of them is the logarithm of a ratio.
+
+    A value that is not positive has no logarithm: its seed is left out.
+    """
     return {
-        cell: {seed: math.log(value) for seed, value in values.items()}
+        cell: {seed: math.log(value) for seed, value in values.items() if value > 0}
         for cell, values in cells.items()
         if cell[1] in columns
     }

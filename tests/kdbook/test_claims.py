@@ -229,6 +229,7 @@ def test_a_ratio_is_compared_as_a_logarithm(verdict, published):
     own = np.log([2.74 / 3.0, 2.91 / 3.2, 2.83 / 3.1]).mean()
     assert ratio.estimate == pytest.approx(own - ratio.paper)
     assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}).verdict == "differs"
+    assert verdict(claim, losses | {"a": seeds(2.74, 0.0, 2.83)}).n == 2  # 0 has no logarithm
     assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}, "reduced").verdict == (
         "not comparable"
     )
