@@ -1,6 +1,12 @@
 #!/usr/bin/env bash
 # Create the Python environment if needed, then run the linter, the unit tests and all notebooks.
 #   ./run_tests.sh [lint|unit|notebooks ...]      all three parts if none is given
+for part in "$@"; do  # refused before anything is installed
+  case $part in
+    lint | unit | notebooks) ;;
+    *) echo "Unknown part '$part'. Use lint, unit or notebooks." >&2; exit 2 ;;
+  esac
+done
 source "$(dirname "$0")/workflow/environment.sh"
 cd "$ROOT"
 parts=("$@")
@@ -24,6 +30,5 @@ for part in "${parts[@]}"; do
         "$PYTHON" -m pytest -q -p tests.nbval_sockets --nbval-lax --nbval-current-env \
         --nbval-cell-timeout=900 --nbval-kernel-startup-timeout=180 \
         --nbval-sanitize-with=tests/nbval_sanitize.cfg ;;
-    *) die "Unknown part '$part'. Use lint, unit or notebooks." ;;
   esac
 done

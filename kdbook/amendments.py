@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import pandas as pd
 import yaml
 
 from kdbook.published import PUBLISHED, all_claims
+from kdbook.wording import rule_text
 from kdlib import files
 
 WORDS = {"statement", "where", "records"}
@@ -84,20 +86,12 @@ def as_table() -> pd.DataFrame:
     for entry in amendments():
         stood = entry.get("verdicts", {})
         for name, change in entry.get("claims", {"the rule": entry.get("rule")}).items():
-            before, after = (_text(change[side]) for side in ("before", "after"))
+            before, after = (rule_text(change[side]) for side in ("before", "after"))
             verdicts = "; ".join(
                 f"{k}: {v}" for k, v in stood.items() if re.match(rf"{re.escape(name)}[ /]", k)
             )
             rows.append((entry["date"], name, before, after, entry["why"], verdicts))
     return pd.DataFrame(rows, columns=["date", "claim", "before", "after", "why", "verdicts"])
-
-
-def _text(rule: dict | str | None) -> str:
-    if rule is None:
-        return "no claim"
-    if isinstance(rule, str):
-        return rule
-    return ", ".join(f"{key}: {value}" for key, value in rule.items()) or "not set"
 
 
 # --- adding an entry ------------------------------------------------------------------------------
@@ -128,19 +122,17 @@ def standing(claim: str) -> dict[str, str]:
     return found
 
 
-def add_entries(reasons: Path, since: str = "HEAD") -> None:
-    """Append entries for all changes since a commit, one for each reason."""
-    lines = [line.partition("|") for line in reasons.read_text().splitlines() if "|" in line]
-    why = {claim.strip(): text.strip() for claim, _, text in lines}
-    path = (PUBLISHED / "claims.yaml").relative_to(files.ROOT).as_posix()
-    committed = subprocess.check_output(
-        ["git", "show", f"{since}:{path}"], cwd=files.ROOT, text=True
-    )
+def add_entries(reasons: Path, since: str = "HEAD") -> int:
+    """Append entries for all changes since a commit, one for each reason; return their number.
+
+    Raises ValueError where a reason is missing or cannot be read, or git knows no such commit.
+    """
+    why = _read(reasons)
     entries: dict[str, dict] = {}
-    for name, change in changes(rules(yaml.safe_load(committed)), rules(all_claims())).items():
+    for name, change in changes(rules(_committed(since)), rules(all_claims())).items():
         reason = next((why[p] for p in sorted(why, reverse=True) if fnmatch.fnmatch(name, p)), None)
         if reason is None:
-            raise SystemExit(f"{name} changed, and {reasons} has no reason. Add: {name} | why")
+            raise ValueError(f"{name} changed, and {reasons} has no reason. Add: {name} | why")
         today = datetime.date.today().isoformat()
         entry = entries.setdefault(reason, {"date": today, "why": reason, "claims": {}})
         entry["claims"][name] = change
@@ -149,11 +141,48 @@ def add_entries(reasons: Path, since: str = "HEAD") -> None:
     with LOG.open("a") as log:
         for entry in entries.values():
             log.write("\n" + yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=96))
+    return len(entries)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def _read(reasons: Path) -> dict[str, str]:
+    try:
+        lines = [line.partition("|") for line in reasons.read_text().splitlines() if "|" in line]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"The file of reasons {reasons} cannot be read: {why}.") from error
+    return {claim.strip(): text.strip() for claim, _, text in lines}
+
+
+def _committed(since: str) -> list[dict]:
+    path = (PUBLISHED / "claims.yaml").relative_to(files.ROOT).as_posix()
+    command = ["git", "show", f"{since}:{path}"]
+    try:
+        done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError("git is needed to find what changed, and it is not installed.") from error
+    if done.returncode:
+        raise ValueError(f"git cannot show {path} at {since}: {done.stderr.strip()}")
+    return yaml.safe_load(done.stdout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdbook.amendments", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("reasons", type=Path, help="a file with lines: claim | why")
     parser.add_argument("--since", default="HEAD", help="the commit to compare with")
     options = parser.parse_args()
-    add_entries(options.reasons, options.since)
+    try:
+        number = add_entries(options.reasons, options.since)
+    except (ValueError, yaml.YAMLError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if number:
+        print(f"Entries added to {LOG.relative_to(files.ROOT)}: {number}.")
+    else:
+        print(f"No claim's rule differs from {options.since}: there is nothing to add.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,10 +31,11 @@ class Verdict:
             ``WORDS``; ``not comparable`` for numbers that only a run at full scale can test;
             ``no verdict``, for the reason in ``detail``; ``not run``.
         detail: the rival or the step with the smallest gap; for a family the share of wins; the
-            reason of ``no verdict``.
+            reason of ``no verdict``; the claim that asks for the sign of the same gap.
         estimate: our number: for a value its difference from the paper's value, for a correlation
             the coefficient, otherwise the claimed gap (the smallest one of several).
-        low, high: one-sided 95 % bounds of a relation; the 95 % interval of a value.
+        low, high: one-sided 95 % bounds of a relation; the two-sided 95 % interval of a value, of
+            the size of a gap and of an equality.
         resolution: the distance from the estimate to its bound; a smaller gap is not found.
         paper: the same quantity, computed from the paper's numbers.
         power: the probability of ``supported`` or ``holds here`` if the paper's gap were the truth
@@ -68,7 +69,7 @@ class Verdict:
 
 
 def judge(
-    exhibit: str, ours: Cells, scale: str, failed: Mapping[str, Iterable[str] | None] | None = None
+    exhibit: str, ours: Cells, scale: str, failed: Mapping[str, Iterable | None] | None = None
 ) -> list[Verdict]:
     """Verdicts on all claims of an exhibit.
 
@@ -76,7 +77,7 @@ def judge(
         ours: our cells.
         scale: ``full`` where profile and data are the paper's, ``reduced`` where they are not,
             ``smoke`` where the runs are no evidence. Counted numbers do not depend on it.
-        failed: checks that failed, with the rows that they concern; None for all rows.
+        failed: checks that failed, with the rows and the cells that they concern; None for all.
     """
     verdicts = []
     for claim in all_claims():
@@ -104,8 +105,10 @@ def _judge(
         return replace(measured, verdict=_counted(measured, claim))
     if reason := _withheld(claim, row, measured, scale, failed):
         return replace(measured, verdict="no verdict", detail=reason, power=math.nan)
-    if scale != "full" and _needs_full_scale(claim):
-        return replace(measured, verdict="not comparable", detail="", power=math.nan)
+    if scale != "full" and (_needs_full_scale(claim) or without_margin(claim)):
+        same = without_margin(claim)
+        detail = f"the sign of this gap is judged as {same}" if same else ""
+        return replace(measured, verdict="not comparable", detail=detail, power=math.nan)
     return replace(measured, verdict=_word(measured, claim, scale))
 
 
@@ -113,14 +116,22 @@ def _withheld(claim: dict, row: str | None, measured: Verdict, scale: str, faile
     """Why there is no verdict; empty if there is one."""
     if scale == SMOKE:
         return "a smoke run is no evidence"
-    named = {row} if row else {cell[0] for c in contrasts_of(claim) for cell in c}
-    named |= set(claim.get("rows", ()))
+    cells = _cells(claim, row)
+    named = cells | {name for name, _ in cells}
     for text, rows in failed.items():
         if rows is None or not named or named & set(rows):
             return f"a check failed: {text}"
     if measured.n < 2:
         return "one seed"
     return ""
+
+
+def _cells(claim: dict, row: str | None) -> set[tuple[str, str]]:
+    """The cells that a claim, or one row of it, reads; none if they are all rows of a column."""
+    rows = [row] if row else claim.get("rows", ())
+    columns = [claim[key] for key in ("x", "y") if key in claim] or [claim.get("column")]
+    listed = {(name, column) for name in rows for column in columns}
+    return listed | {cell for contrast in contrasts_of(claim) for cell in contrast}
 
 
 def _signed(claim: dict, verdict: Verdict) -> Verdict:
@@ -138,6 +149,23 @@ def _needs_full_scale(claim: dict) -> bool:
     sign to ask for.
     """
     return claim["kind"] in ("value", "gain", "equal") or claim.get("margin", 0.0) < 0
+
+
+def without_margin(claim: dict) -> str:
+    """The claim that compares the same cells without a margin; empty where there is none.
+
+    Margins are 0 below full scale, so both claims would ask the same question there.
+    """
+    if claim.get("margin", 0.0) <= 0:
+        return ""
+    same = (
+        other["id"]
+        for other in all_claims()
+        if (other["exhibit"], other["kind"]) == (claim["exhibit"], claim["kind"])
+        and not other.get("margin")
+        and contrasts_of(other) == contrasts_of(claim)
+    )
+    return next(same, "")
 
 
 def _counted(measured: Verdict, claim: dict) -> str:
@@ -206,6 +234,8 @@ def _measure_value(claim: dict, row: str, ours: Cells) -> Verdict:
 
 def _measure(claim: dict, ours: Cells, scale: str) -> Verdict:
     unit = unit_of(claim["exhibit"], claim["column"]) if "column" in claim else ""
+    if claim.get("log"):
+        unit = "log of ratio"
     printed = estimate(claim, paper_cells(claim["exhibit"]))
     paper = printed.estimate if printed else math.nan
     tolerance = claim.get("tolerance", math.nan)

@@ -7,17 +7,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kdbook.contrasts import estimate_gaps, interval
+from kdbook.contrasts import estimate_gaps
 from kdbook.estimates import estimate
 from kdbook.exhibits import Exhibit
-from kdbook.published import paper_cells
+from kdbook.published import Cell, paper_cells
 
 
 def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
     """The error of the column ``over`` minus the error of each cell in the same row.
 
     Index: row, column. Columns: paper, ours, low, high. ``ours`` is the mean over seeds of the
-    differences within a seed; ``low`` and ``high`` are its 95 % interval.
+    differences within a seed; ``low`` and ``high`` are its one-sided 95 % bounds, by the rule of
+    the verdicts: those of a claim on this gap alone.
     """
     cells = dict.fromkeys([*paper_cells(exhibit.name), *exhibit.cells])
     rows = {(row, column): ((row, over), (row, column)) for row, column in cells}
@@ -26,7 +27,7 @@ def gains(exhibit: Exhibit, over: str) -> pd.DataFrame:
 
 
 def row_gains(exhibit: Exhibit, column: str, over: str) -> pd.DataFrame:
-    """The accuracy of each row minus the accuracy of the row ``over``, in one column.
+    """The value of each row minus the value of the row ``over``, in one column.
 
     Index: row. Columns as in ``gains``.
     """
@@ -36,15 +37,21 @@ def row_gains(exhibit: Exhibit, column: str, over: str) -> pd.DataFrame:
     return _differences(exhibit, pairs, pd.Index(rows, name="row"))
 
 
-def _differences(exhibit: Exhibit, pairs: Iterable[tuple], index: pd.Index) -> pd.DataFrame:
+def _differences(
+    exhibit: Exhibit, pairs: Iterable[tuple[Cell, Cell]], index: pd.Index
+) -> pd.DataFrame:
     """The first cell minus the second cell of each pair."""
     paper, rows = paper_cells(exhibit.name), []
-    for pair in pairs:
-        one, other = (exhibit.cells.get(cell, {}) for cell in pair)
-        ours = np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
-        printed, than = (paper.get(cell, {}).get(None, np.nan) for cell in pair)
-        mean = ours.mean() if len(ours) else np.nan
-        rows.append((printed - than, mean, *interval(ours)))
+    for one, other in pairs:
+        if one == other:
+            zeros = [0.0 if one in cells else np.nan for cells in (paper, exhibit.cells)]
+            rows.append((*zeros, np.nan, np.nan))
+            continue
+        contrast = {" @ ".join(one): 1, " @ ".join(other): -1}
+        claim = {"kind": "gap", "exhibit": exhibit.name, "contrast": contrast}
+        printed, ours = (estimate(claim, cells) for cells in (paper, exhibit.cells))
+        numbers = (ours.estimate, ours.low, ours.high) if ours else [np.nan] * 3
+        rows.append((printed.estimate if printed else np.nan, *numbers))
     return pd.DataFrame(rows, index, columns=["paper", "ours", "low", "high"])
 
 

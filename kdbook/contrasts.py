@@ -97,14 +97,15 @@ class Gaps:
 
 
 def estimate_gaps(
-    contrasts: Sequence[Contrast], cells: Cells, comparable: Iterable[str] = ()
+    contrasts: Sequence[Contrast], cells: Cells, comparable: Iterable[str] | None = ()
 ) -> Gaps | None:
     """The contrasts at all seeds that their cells share.
 
     None where a cell is missing, or where the cells share no seed.
 
     Args:
-        comparable: columns that hold the same quantity, so that their spread may be pooled.
+        comparable: columns that hold the same quantity, so that their spread may be pooled; None
+            where each contrast keeps its own spread.
     """
     names = list(dict.fromkeys(cell for contrast in contrasts for cell in contrast))
     if not all(cells.get(cell) for cell in names):
@@ -116,7 +117,7 @@ def estimate_gaps(
     weights = np.array([[contrast.get(cell, 0.0) for cell in names] for contrast in contrasts])
     by_seed = weights @ values
     errors = [
-        _error(contrast, own, cells, seeds, set(comparable))
+        _error(contrast, own, cells, seeds, None if comparable is None else set(comparable))
         for contrast, own in zip(contrasts, by_seed, strict=True)
     ]
     trained = weights[:, [None not in cells[cell] for cell in names]]
@@ -137,7 +138,7 @@ def _at(values: Mapping[int | None, float], seeds: list[int | None]) -> list[flo
 
 
 def _error(
-    contrast: Contrast, by_seed: np.ndarray, cells: Cells, seeds: list, comparable: set[str]
+    contrast: Contrast, by_seed: np.ndarray, cells: Cells, seeds: list, comparable: set[str] | None
 ) -> tuple[float, float]:
     """The standard error of a contrast's mean, and its degrees of freedom.
 
@@ -149,7 +150,7 @@ def _error(
         return math.nan, math.nan
     own, own_df = by_seed.var(ddof=1), n - 1
     scale = sum(weight**2 for weight in contrast.values())
-    if pooled := _pooled(contrast, cells, seeds, comparable):
+    if comparable is not None and (pooled := _pooled(contrast, cells, seeds, comparable)):
         others = {cell: values for cell, values in cells.items() if cell not in contrast}
         rest = _pooled(contrast, others, seeds, comparable)
         if rest is None or own <= scale * rest[0] * stats.f.ppf(1 - UNEQUAL, own_df, rest[1]):

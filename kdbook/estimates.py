@@ -30,7 +30,8 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
 
     ``low`` is the smallest of the lower bounds: a claim on several gaps is found only if each of
     them is found, so no bound needs a correction (intersection–union test, Berger 1982). ``high``
-    is the smallest of the upper bounds, which are corrected for their number (Bonferroni).
+    is the smallest of the upper bounds, which are corrected for their number (Bonferroni). A gain
+    and an equality have a two-sided 95 % interval: they can fail on either side.
     """
     if claim["kind"] == "correlation":
         return _correlation(claim, cells)
@@ -40,12 +41,16 @@ def estimate(claim: dict, cells: Cells) -> Estimate | None:
         if not contrasts:
             return None
         members, contrasts = contrasts, [_mean_of(contrasts)]
-    gaps = estimate_gaps(contrasts, cells, comparable(claim))
+    if claim.get("log"):
+        cells = _logarithms(cells, {column for c in contrasts for _, column in c})
+    columns = None if claim.get("own_spread") else comparable(claim)
+    gaps = estimate_gaps(contrasts, cells, columns)
     if gaps is None:
         return None
     weakest = int(gaps.mean.argmin())
-    low = (gaps.mean - gaps.width()).min()  # NaN where one of the contrasts has no bound
-    high = (gaps.mean + gaps.width(tests=len(contrasts))).min()
+    sides = 2 if claim["kind"] in ("gain", "equal") else 1
+    low = (gaps.mean - gaps.width(sides)).min()  # NaN where one of the contrasts has no bound
+    high = (gaps.mean + gaps.width(sides * len(contrasts))).min()
     exact = claim["kind"] == "equal" and np.ptp(gaps.by_seed) == 0  # counts that agree in all seeds
     if claim.get("deterministic") or exact:
         low = high = gaps.mean[weakest]
@@ -83,6 +88,18 @@ def contrasts_of(claim: dict) -> list[Contrast]:
 def _difference(names: Sequence[str], claim: dict, sign: int) -> Contrast:
     higher, lower = (cell_of(name, claim) for name in names)
     return {higher: sign, lower: -sign}
+
+
+def _logarithms(cells: Cells, columns: set[str]) -> Cells:
+    """The logarithms of the cells of some columns: a gap of them is the logarithm of a ratio.
+
+    A value that is not positive has no logarithm: its seed is left out.
+    """
+    return {
+        cell: {seed: math.log(value) for seed, value in values.items() if value > 0}
+        for cell, values in cells.items()
+        if cell[1] in columns
+    }
 
 
 def comparable(claim: dict) -> set[str]:

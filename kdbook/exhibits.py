@@ -17,7 +17,7 @@ from kdbook import figures, provenance, wording
 from kdbook.claims import Verdict, as_table, judge
 from kdbook.contrasts import interval, possible
 from kdbook.profile import Profile
-from kdbook.published import all_claims, paper_cells, published
+from kdbook.published import all_claims, paper_cells, published, unit_of
 from kdlib import files, store
 from kdlib.engine.graph import ancestry
 from kdlib.errors import UnknownName
@@ -50,7 +50,7 @@ class Exhibit:
             raise UnknownName("exhibit", name, known)
         self.name, self.profile = name, profile
         self.cells: dict[tuple[str, str], dict[int | None, float]] = {}
-        self.failed: dict[str, list[str] | None] = {}
+        self.failed: dict[str, list[str | tuple[str, str]] | None] = {}
         self.used: dict[str, Trained] = {}
         self.started = time.time()
         self._judged: list[Verdict] | None = None  # None: cells were added since the last verdicts
@@ -99,15 +99,18 @@ class Exhibit:
         self.cells[row, column] = {None: float(value)}
         self._judged = None
 
-    def check(self, text: str, passed: bool, rows: Iterable[str] | None = None) -> None:
+    def check(
+        self, text: str, passed: bool, rows: Iterable[str | tuple[str, str]] | None = None
+    ) -> None:
         """Add a check of the experiment itself, such as "the teacher is above its student".
 
         Where it fails, the experiment cannot test the claims on ``rows`` (None: on all rows), and
-        there is no verdict on them.
+        there is no verdict on them. ``rows`` may name cells (row, column) as well.
         """
-        self.failed.pop(text, None)
+        before = self.failed.pop(text, [])
         if not passed:
-            self.failed[text] = None if rows is None else [*rows]
+            all_rows = rows is None or before is None
+            self.failed[text] = None if all_rows else [*dict.fromkeys([*before, *rows])]
         self._judged = None
 
     def add_runs(self, *results: Trained | None) -> None:
@@ -126,12 +129,11 @@ class Exhibit:
         ``counted`` says whether our value is counted instead of trained.
         """
         paper = paper_cells(self.name)
-        units = published()[published().exhibit == self.name].groupby("column").unit.first()
         rows = []
         for row, column in dict.fromkeys([*paper, *self.cells]):
             cell = self.cells.get((row, column), {})
             values = np.array(list(cell.values()))
-            unit, (low, high) = units.get(column, ""), interval(values)
+            unit, (low, high) = unit_of(self.name, column), interval(values)
             if not possible(low, high, unit):
                 low = high = np.nan
             rows.append(
@@ -237,6 +239,8 @@ class Exhibit:
     def record(self) -> str:
         """Write table, verdicts and provenance, copy the records of all runs; return a footer.
 
+        The footer names the checks that failed.
+
         Raises StoreError where the results folder cannot be written. No run is lost then.
         """
         about = self.provenance()
@@ -255,6 +259,7 @@ class Exhibit:
             f"{self.name} · commit {about['commit']} · profile {self.profile.folder} · "
             f"data {about['data'] or 'none'} · seeds {about['seeds']} · {about['device']} · "
             f"{about['wall_seconds']:.0f} s"
+            + "".join(f"\n{wording.failure_text(*failure)}" for failure in self.failed.items())
         )
 
     def provenance(self) -> dict:

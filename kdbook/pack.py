@@ -265,7 +265,7 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="folder of the pack")
     parser.add_argument("--profile", default="smoke", help=", ".join(PROFILES))
-    parser.add_argument("--only", help="exhibits, separated by commas (default: all)")
+    parser.add_argument("--only", help="exhibits or chapters, separated by commas (default: all)")
     parser.add_argument(
         "--data", action="append", type=replacement, default=[], metavar="NAME=DATA"
     )

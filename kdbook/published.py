@@ -37,11 +37,32 @@ def paper_cells(exhibit: str) -> Cells:
     return {(r.row, r.column): {None: r.value} for r in rows.itertuples()}
 
 
+# Units of columns that the papers do not print, by the beginning of the column's name.
+OWN_UNITS = {
+    "%": "kd rco softmax c10_ c100_ error top1_error top5_error accuracy collaboration_error "
+    "teachers_back_error stc_early at_early ft_early student_early",
+    "points": "gain cifar100 t_cifar100",
+    "nats": "kl_own kl_near kl_later kl_end kl_target kl_reached loss_gap",
+    "loss": "final_loss final_test_loss final_kd_loss mean_loss",
+    "share": "drop_rate skip_drop_rate sparsity",
+    "M params": "params_",
+    "M MACs": "macs_c10 macs_c100 found_macs random_macs alpha_macs",
+    "MACs": "macs_per_gate",
+    "stages": "empty_stages",
+    "connections": "connections_removed",
+    "epochs": "epochs",
+}
+
+
 def unit_of(exhibit: str, column: str) -> str:
-    """The unit of a column; empty where the paper prints no number in this column."""
+    """The unit of a column: the paper's, or that of a column of our own; empty if it has none."""
     table = published()
     units = table.unit[(table.exhibit == exhibit) & (table.column == column)]
-    return units.iloc[0] if len(units) else ""
+    if len(units):
+        return units.iloc[0]
+    return next(
+        (u for u, names in OWN_UNITS.items() if column.startswith(tuple(names.split()))), ""
+    )
 
 
 def cell_of(name: str, claim: Mapping) -> Cell:

@@ -5,6 +5,8 @@ import hashlib
 import html
 import io
 import json
+import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,9 +49,10 @@ def gather(profile: Profile) -> pd.DataFrame:
 
 
 def counts(table: pd.DataFrame) -> pd.DataFrame:
-    """The number of claims of each paper with each verdict."""
+    """The number of claims of each paper with each verdict; verdicts that none has are left out."""
     count = pd.crosstab(table.paper_key, table.verdict)
-    count = count.reindex(index=PAPERS, columns=list(VERDICTS), fill_value=0)
+    given = [verdict for verdict in VERDICTS if verdict in count]
+    count = count.reindex(index=PAPERS, columns=given, fill_value=0)
     return count.rename(index=PAPERS).rename_axis(index=None, columns=None)
 
 
@@ -64,6 +67,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         "claim": [wording.claim_text(c) for c in claims],
         "paper": [wording.paper_text(c.paper) for c in claims],
         "ours": [wording.own_text(c) for c in claims],
+        "unit": [wording.unit_text(c) for c in claims],
         "seeds": table.n.tolist(),
         "power": [wording.power_text(c.power) for c in claims],
         "verdict": ["" if c.reconstruction else wording.verdict_text(c) for c in claims],
@@ -87,18 +91,21 @@ def write_page(profile: Profile) -> Path:
         if not profile.evidence:
             figures.stamp(figure, NO_EVIDENCE)
         figure.savefig(buffer, format="png", dpi=130)
+    folder = files.results() / profile.folder
     page = _PAGE.format(
         profile=html.escape(profile.folder),
+        full="" if profile.scale == "full" else _REDUCED,
         warning="" if profile.evidence else _WARNING,
         counts=counts(table).to_html(border=0),
         picture=base64.b64encode(buffer.getvalue()).decode(),
         headlines=_claims_html(table[table.headline]),
-        amendments=amendments.as_table().to_html(index=False, border=0),
+        amendments=_amendments_html(),
         sections="\n".join(
             f"<h2>{html.escape(title)}</h2>{_claims_html(table[table.paper_key == key])}"
             for key, title in PAPERS.items()
         ),
     )
+    page = _with_links(page, folder)
     about = {
         "profile": profile.folder,
         "evidence": profile.evidence,
@@ -106,7 +113,6 @@ def write_page(profile: Profile) -> Path:
         "claims": len(table),
         "sha256": hashlib.sha256(page.encode()).hexdigest(),
     }
-    folder = files.results() / profile.folder
     files.write_atomic(folder / "scorecard.png", buffer.getvalue())
     files.write_atomic(folder / "scorecard.html", page)
     files.write_atomic(folder / "scorecard.html.json", json.dumps(about) + "\n")
@@ -127,8 +133,29 @@ def _claims_html(table: pd.DataFrame) -> str:
         return shown.to_html(index=False, border=0, escape=False)
 
 
+def _amendments_html() -> str:
+    table = amendments.as_table()
+    with pd.option_context("display.max_colwidth", None):
+        return table.to_html(index=False, border=0)
+
+
+def _with_links(page: str, folder: Path) -> str:
+    """The page with the labels of decisions as links to ``docs/decisions.md``."""
+    decisions = files.ROOT / "docs" / "decisions.md"
+    headings = re.findall(r"^### ((\w+-[a-z]+): .*)$", decisions.read_text(), re.MULTILINE)
+    place = Path(os.path.relpath(decisions, folder.resolve())).as_posix()
+    links = {}
+    for title, label in headings:
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")  # GitHub's
+        links[label] = f"<a href='{place}#{anchor}'>{label}</a>"
+    return re.sub(r"\b[A-Z]+-[a-z]+\b", lambda found: links.get(found[0], found[0]), page)
+
+
 _WARNING = """<p class=warn>A smoke run shows only that the pipeline works. Its trained numbers are
 no evidence. Counts of FLOPs and parameters are valid in every profile.</p>"""
+_REDUCED = """<p>This profile is below full scale. So <i>supported</i>, <i>contradicted</i>,
+<i>reproduced</i> and <i>differs</i> are verdicts on counted numbers here, such as FLOPs: counts are
+valid in every profile.</p>"""
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Scorecard, {profile}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -138,7 +165,8 @@ body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem au
 table {{ border-collapse: collapse; margin: .6rem 0 1.6rem }}
 th, td {{ text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd;
   vertical-align: top }}
-td:nth-child(4), td:nth-child(5) {{ white-space: nowrap; font-variant-numeric: tabular-nums }}
+td:nth-child(4), td:nth-child(5), td:nth-child(6) {{ white-space: nowrap;
+  font-variant-numeric: tabular-nums }}
 img {{ max-width: 100% }}
 .warn {{ background: #fff3cd; padding: .5rem .8rem }}
 </style></head><body>
@@ -156,6 +184,7 @@ to reconstruct.</p>
 {headlines}
 <h2>All claims</h2>
 {counts}
+{full}
 <img alt="Forest plot: estimate and interval of each claim beside the paper's; table below."
   src="data:image/png;base64,{picture}">
 {sections}

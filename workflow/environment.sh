@@ -2,7 +2,8 @@
 # $PYTHON. The first of these environments is used:
 #
 # 1. $KDLIB_VENV, if set; it is created if it does not exist.
-# 2. The active environment (venv or conda), if it satisfies pyproject.toml.
+# 2. The environment of the Python that is on PATH (an active venv or conda environment, or any
+#    other), if it satisfies pyproject.toml.
 # 3. .venv in this checkout; it is created if it does not exist.
 
 set -euo pipefail
@@ -48,6 +49,7 @@ make_environment() {  # make_environment DIRECTORY
   [ -x "$python" ] || "$(find_python)" -m venv "$venv"
   wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)
   if [ "$(cat "$venv/kdlib-requirements" 2>/dev/null)" != "$wanted" ]; then
+    [ -z "${FOUND:-}" ] || echo "$FOUND lacks: ${LACKS:-Python 3.11 or newer}."
     echo "Installing the packages into $venv (only once; torch and its libraries take minutes) …"
     pip_install "$venv" -c constraints.txt -e '.[test]'
     printf '%s\n' "$wanted" > "$venv/kdlib-requirements"
@@ -60,9 +62,9 @@ make_environment() {  # make_environment DIRECTORY
 REQUIREMENTS_MET=$ROOT/kdbook/cli/requirements_met.py
 if [ -n "${KDLIB_VENV:-}" ]; then
   make_environment "$KDLIB_VENV"
-elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && command -v python >/dev/null &&
-     python "$REQUIREMENTS_MET"; then
-  PYTHON=$(command -v python)
+elif FOUND=$(command -v python || command -v python3) &&
+     LACKS=$("$FOUND" "$REQUIREMENTS_MET" 2>/dev/null); then
+  PYTHON=$FOUND
 else
   make_environment "$ROOT/.venv"
 fi

@@ -22,7 +22,8 @@ from kdbook.cli.notebooks import label, parse_arguments
 def execute(notebook: Path, output: Path, parameters: dict) -> float:
     """Write the executed copy to ``output`` and return the time in seconds.
 
-    If a cell fails, the copy is kept beside ``output`` as ``<name>.failed.ipynb``.
+    While it runs, the copy is called ``<name>.running.ipynb``. If a cell fails, the copy is kept
+    beside ``output`` as ``<name>.failed.ipynb``.
 
     Raises:
         ValueError: the notebook has no such parameter.
@@ -37,14 +38,36 @@ def execute(notebook: Path, output: Path, parameters: dict) -> float:
         )
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
-    failed = output.with_suffix(".failed.ipynb")
+    running, failed = (output.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
+    failed.unlink(missing_ok=True)  # of an earlier call
+    try:
+        _run(notebook, running, parameters)
+        content = nbformat.read(running, as_version=4)
+        about = content.metadata.papermill
+        if about.get("end_time") is None or about.get("exception"):
+            raise RuntimeError(f"{notebook.name} stopped before its last cell. See {failed}.")
+    except Exception:
+        if running.exists():
+            os.replace(running, failed)
+        raise
+    except KeyboardInterrupt:
+        running.unlink(missing_ok=True)
+        raise
+    # Executed copies are committed, so they must not contain paths of this machine.
+    about.update(input_path=notebook.name, output_path=output.name)
+    nbformat.write(content, running)
+    os.replace(running, output)
+    return time.monotonic() - started
+
+
+def _run(notebook: Path, copy: Path, parameters: dict) -> None:
     with tempfile.TemporaryDirectory() as sockets:
         # Several kernels start at the same time and would compete for TCP ports: use Unix sockets.
         # By default all kernels of a folder share one socket name: use a new folder for each.
         transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
         papermill.execute_notebook(
             str(notebook),
-            str(failed),
+            str(copy),
             parameters=parameters,
             kernel_name="python3",
             cwd=str(notebook.parent),
@@ -52,15 +75,6 @@ def execute(notebook: Path, output: Path, parameters: dict) -> float:
             start_timeout=180,
             config=Config({"KernelManager": transport}),
         )
-    content = nbformat.read(failed, as_version=4)
-    about = content.metadata.papermill
-    if about.get("end_time") is None or about.get("exception"):
-        raise RuntimeError(f"{notebook.name} stopped before its last cell. See {failed}.")
-    # Executed copies are committed, so they must not contain paths of this machine.
-    about.update(input_path=notebook.name, output_path=output.name)
-    nbformat.write(content, failed)
-    os.replace(failed, output)
-    return time.monotonic() - started
 
 
 def main() -> None:

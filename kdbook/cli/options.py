@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdbook.cli.notebooks import SCORECARD, Notebook, all_notebooks
+from kdbook.cli.notebooks import CHAPTERS, SCORECARD, Notebook, all_notebooks, label
 from kdbook.profiles import PROFILES, Profile, open_profile
 from kdlib.engine.capture import wants_capture
 from kdlib.engine.device import PARALLEL, prepare
@@ -26,6 +26,7 @@ examples:
   ./run_all.sh                            the whole book on the data set digits
   ./run_all.sh --list                     all notebooks with exhibit and expected time
   ./run_all.sh --only rco/table1          one exhibit
+  ./run_all.sh --only "rco, stc/table1"   all exhibits of a chapter, and one more
   ./run_all.sh --minutes 8                eight minutes of the book; again to go on
   ./run_all.sh --profile course           on CIFAR and MNIST; three commands download them first:
                                             python -m kdlib.data cifar10
@@ -39,7 +40,7 @@ environment variables:
   KDLIB_HOME            folder of trained weights (default: runs/)
   KDLIB_RESULTS         folder of results (default: results/)
   KDLIB_DATA            folder of downloaded data sets (default: data/)
-  KDLIB_VENV            folder of the Python environment (default: the active environment if it
+  KDLIB_VENV            folder of the Python environment (default: that of the Python on PATH if it
                         has all packages, else .venv/)
   KDLIB_PARALLEL, KDLIB_KEEP_ROUTE
                         the same as --parallel and --keep-route
@@ -82,20 +83,39 @@ def replacement(text: str) -> tuple[str, str]:
 
 
 def chosen(only: str | None) -> list[Notebook]:
-    """The notebooks of these exhibits, separated by commas; all but the scorecard for None.
+    """The notebooks of these exhibits; all but the scorecard for None.
 
-    Raises UnknownName for an unknown exhibit, ValueError where ``only`` names none.
+    Args:
+        only: names separated by commas: of exhibits (``rco/table1``), of chapters (``rco``), or of
+            notebooks (``notebooks/rco/02_table1.ipynb``).
+
+    Raises UnknownName for an unknown name, ValueError where ``only`` holds none.
     """
     notebooks = {n.exhibit: n for n in all_notebooks()}
     if only is None:
         return [n for n in notebooks.values() if n.exhibit != SCORECARD]
-    names = [*filter(None, only.split(","))]
+    names = [*filter(None, map(str.strip, only.split(",")))]
     if not names:
         raise ValueError("--only names no exhibit. Without --only all exhibits are taken.")
-    for name in names:
-        if name not in notebooks:
-            raise UnknownName("exhibit", name, notebooks)
-    return [notebooks[name] for name in dict.fromkeys(names)]
+    return [*{n.exhibit: n for name in names for n in _named(name, notebooks)}.values()]
+
+
+def _named(name: str, notebooks: dict[str, Notebook]) -> list[Notebook]:
+    if name in notebooks:
+        return [notebooks[name]]
+    chapter = name.removeprefix("./").removeprefix("notebooks/").rstrip("/")
+    found = [
+        n
+        for n in notebooks.values()
+        if n.name == label(Path(name)) or n.path == Path(name).resolve()
+    ] or [
+        n
+        for n in notebooks.values()
+        if n.exhibit.partition("/")[0] == chapter and n.exhibit != SCORECARD
+    ]
+    if not found:
+        raise UnknownName("exhibit or chapter", name, [*notebooks, *CHAPTERS])
+    return found
 
 
 def check_environment(gpu: bool) -> None:
@@ -144,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         "--only": {
             "metavar": "EXHIBITS",
             "help": "run these exhibits, separated by commas, and the scorecard if one of them "
-            "changes",
+            "changes; the name of a chapter, such as rco, stands for all its exhibits; the path of "
+            "a notebook for its exhibit",
         },
         "--data": {
             "action": "append", "type": replacement, "default": [], "metavar": "NAME=DATA",

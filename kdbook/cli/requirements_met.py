@@ -1,7 +1,8 @@
-"""Exit with 0 if this Python environment satisfies pyproject.toml, with 1 if it does not.
+"""Exit with 0 if this Python environment satisfies pyproject.toml; else print what it lacks.
 
-With ``--installed-here``: exit with 0 if the installed packages are those of this checkout. This
-file is run by its path, before the packages are installed, so it imports none of them.
+The exit status is then 1. With ``--installed-here``: exit with 0 if the installed packages are
+those of this checkout. This file is run by its path, before the packages are installed, so it
+imports none of them.
 """
 
 import sys
@@ -37,8 +38,12 @@ def installed_here() -> bool:
 
 
 if __name__ == "__main__":
+    if "--installed-here" in sys.argv:
+        sys.exit(not installed_here())
     try:
-        met = installed_here() if "--installed-here" in sys.argv else not missing()
-    except ImportError:
-        met = False
-    sys.exit(not met)
+        lacks = missing()
+    except ImportError as error:
+        lacks = [error.name]
+    if lacks:
+        print(", ".join(lacks))
+    sys.exit(bool(lacks))

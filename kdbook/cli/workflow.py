@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from kdbook.cli.notebooks import ROOT
+from kdbook.cli.options import chosen
 
 
 def gpus() -> dict[str, str]:
@@ -37,10 +38,11 @@ def jobs_and_threads(asked: int | None) -> tuple[int, int]:
 
 def snakemake(arguments: argparse.Namespace) -> list[str]:
     """The Snakemake command that runs all jobs."""
+    only = ",".join(n.exhibit for n in chosen(arguments.only)) if arguments.only else None
     settings = {
         "profile": arguments.profile.name,
         "folder": arguments.profile.folder,
-        "only": arguments.only or None,
+        "only": only,
         "data": json.dumps(arguments.data) if arguments.data else None,
         "seeds": ",".join(map(str, arguments.profile.seeds)) if arguments.by_seed else None,
     }

@@ -1,8 +1,10 @@
 """No claim's rule changes without an entry in the log of amendments."""
 
 import hashlib
+import sys
 
 import pytest
+import yaml
 
 from kdbook import amendments
 from kdbook.published import PUBLISHED, all_claims
@@ -65,6 +67,63 @@ def test_the_table_names_the_verdicts_that_stood():
     table = amendments.as_table().set_index("claim")
     first = table.loc["kr/figure5/sparse-lowest-loss"]
     first = first if first.ndim == 1 else first.iloc[0]
-    assert (first.before, first.after) == ("not set", "reconstruction: True")
+    assert (first.before, first.after) == ("not set", "on our reading")
     assert first.verdicts == "kr/figure5/sparse-lowest-loss (paper): contradicted"
     assert "the rule" in table.index
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch, capsys, tmp_path):
+    """Call the program; the log and the claims of the last commit belong to the test."""
+    log = tmp_path / "amendments.yaml"
+    log.write_text("[]\n")
+    monkeypatch.setattr(amendments, "LOG", log)
+    monkeypatch.setattr(amendments.files, "ROOT", tmp_path)
+
+    def call(*words, committed=None):
+        if committed is not None:
+            monkeypatch.setattr(amendments, "_committed", lambda since: committed)
+        monkeypatch.setattr(sys, "argv", ["amendments", *map(str, words)])
+        status = amendments.main()
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    call.log = log
+    return call
+
+
+def test_a_change_gets_an_entry(program, tmp_path):
+    claims = [dict(claim) for claim in all_claims()]
+    claims[0]["headline"] = "before"
+    reasons = tmp_path / "reasons.txt"
+    reasons.write_text("other | no\n")
+    status, text = program(reasons, committed=claims)
+    name = claims[0]["id"]
+    assert (status, text) == (
+        1,
+        f"{name} changed, and {reasons} has no reason. Add: {name} | why\n",
+    )
+    reasons.write_text(f"{name} | Because.\n")
+    assert program(reasons, committed=claims) == (0, "Entries added to amendments.yaml: 1.\n")
+    (entry,) = yaml.safe_load(program.log.read_text().removeprefix("[]\n"))
+    assert (entry["why"], [*entry["claims"]]) == ("Because.", [name])
+
+
+def test_where_nothing_can_be_added_one_sentence_says_why(program, tmp_path):
+    reasons = tmp_path / "reasons.txt"
+    missing = f"The file of reasons {reasons} cannot be read: No such file or directory.\n"
+    assert program(reasons, committed=all_claims()) == (1, missing)
+    reasons.write_text("a | b\n")
+    nothing = "No claim's rule differs from HEAD: there is nothing to add.\n"
+    assert program(reasons, committed=all_claims()) == (0, nothing)
+    assert program.log.read_text() == "[]\n"
+
+
+def test_an_unknown_commit_is_named(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"git cannot show results/published/claims\.yaml at nowhere"
+    ):
+        amendments._committed("nowhere")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kdbook import claims, estimates
+from kdbook import claims, estimates, wording
 from kdbook import published as published_module
 from kdbook.claims import judge
 
@@ -175,6 +175,22 @@ def test_a_gap_must_exceed_its_margin_at_full_scale(verdict):
     assert verdict(GAP | {"margin": 1.0}, cells, "reduced").verdict == "holds here"
 
 
+def test_below_full_scale_a_gap_is_judged_once(published, monkeypatch):
+    """Of two claims on one gap, the one with a margin asks nothing of its own there."""
+    about = {"exhibit": "x/table1", "column": "top1", "statement": "", "where": ""}
+    both = [about | GAP | {"id": "x/table1/over"}]
+    both += [about | GAP | {"id": "x/table1/clearly", "margin": 0.5}]
+    for module in (claims, estimates):
+        monkeypatch.setattr(module, "all_claims", lambda: both)
+    cells = {("a", "top1"): seeds(71.0, 71.2, 71.1), ("b", "top1"): seeds(70.0, 70.1, 70.2)}
+    assert [v.verdict for v in judge("x/table1", cells, "full")] == ["supported", "supported"]
+    over, clearly = judge("x/table1", cells, "reduced")
+    assert (over.verdict, clearly.verdict) == ("holds here", "not comparable")
+    assert wording.verdict_text(clearly) == (
+        "not comparable: the sign of this gap is judged as x/table1/over"
+    )
+
+
 def test_at_most_half_a_point_below_can_be_asked_at_full_scale_alone(verdict):
     cells = {"a": seeds(69.89, 69.9, 69.87), "b": seeds(70.0, 70.0, 70.0)}
     assert verdict(GAP | {"margin": -0.5}, cells).verdict == "supported"
@@ -192,14 +208,55 @@ def test_the_size_of_a_gap_is_compared_at_full_scale_alone(verdict, published):
     assert verdict(claim, far, "reduced").verdict == "not comparable"
 
 
+def test_a_claim_on_one_network_is_judged_by_its_own_spread(verdict):
+    random = np.random.default_rng(0)
+    cells = {f"row {k}": seeds(*(70 + random.normal(0, 0.1, 3))) for k in range(9)}
+    cells |= {"a": seeds(70.1, 71.0, 71.4), "b": seeds(70.0, 70.0, 70.0)}
+    own = verdict(GAP | {"own_spread": True}, cells)
+    assert own.resolution == pytest.approx(t_bound([0.1, 1.0, 1.4]))
+    calm = cells | {"a": seeds(70.1, 70.2, 70.1)}
+    assert verdict(GAP, calm).resolution != verdict(GAP | {"own_spread": True}, calm).resolution
+
+
+def test_a_ratio_is_compared_as_a_logarithm(verdict, published):
+    published(a="1.45", b="1.59")
+    claim = GAP | {"kind": "gain", "log": True, "tolerance": 0.05}
+    losses = {"b": seeds(3.0, 3.2, 3.1), ("c", "gap"): {0: -1.0}}
+    close = {"a": seeds(2.74, 2.91, 2.83)}
+    ratio = verdict(claim, losses | close)
+    assert ratio.verdict == "reproduced"
+    assert ratio.paper == pytest.approx(math.log(1.45 / 1.59))
+    own = np.log([2.74 / 3.0, 2.91 / 3.2, 2.83 / 3.1]).mean()
+    assert ratio.estimate == pytest.approx(own - ratio.paper)
+    assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}).verdict == "differs"
+    assert verdict(claim, losses | {"a": seeds(2.74, 0.0, 2.83)}).n == 2  # 0 has no logarithm
+    assert verdict(claim, losses | {"a": seeds(3.0, 3.21, 3.1)}, "reduced").verdict == (
+        "not comparable"
+    )
+
+
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(None, "no verdict"), (["b"], "no verdict"), (["c"], "supported")]
+    ("rows", "expected"),
+    [
+        (None, "no verdict"),
+        (["b"], "no verdict"),
+        (["c"], "supported"),
+        ([("b", "top1")], "no verdict"),
+        ([("b", "loss")], "supported"),
+    ],
 )
 def test_a_failed_check_withholds_verdicts(verdict, rows, expected):
     cells = {"a": seeds(71.0, 71.2, 71.1), "b": seeds(70.0, 70.1, 70.2)}
     found = verdict(GAP, cells, failed={"The teacher is better.": rows})
     assert found.verdict == expected
     assert ("The teacher is better." in found.detail) == (expected == "no verdict")
+
+
+def test_a_failed_check_of_another_row_leaves_the_value_of_a_row(verdicts, published):
+    published(a="70.0", b="60.0")
+    cells = {"a": seeds(70.0, 70.1), "b": seeds(60.0, 60.1)}
+    found = verdicts(VALUE | {"rows": ["a", "b"]}, cells, failed={"Above chance.": ["b"]})
+    assert [v.verdict for v in found] == ["reproduced", "no verdict"]
 
 
 def test_a_contrast_weighs_cells_of_several_columns(verdict):
@@ -362,6 +419,18 @@ def test_wins_compare_every_run_with_every_rival(verdict):
     found = verdict(FAMILY, cells)
     wins = stats.mannwhitneyu([1, 2, 3], [0, 2, 5]).statistic / 9
     assert found.detail.startswith(f"wins {wins:.0%} [")
+
+
+def test_a_value_a_gain_and_an_equality_have_a_two_sided_interval(verdicts, published):
+    """All three are two one-sided tests at 2.5 %: the mean and the spread are the same here."""
+    published(a="70.0", b="70.0")
+    cells = {"a": seeds(70.1, 70.4, 70.3), "b": seeds(70.0, 70.0, 70.0)}
+    rules = [VALUE | {"rows": ["a"]}, GAP | {"kind": "gain", "tolerance": 1.0, "own_spread": True}]
+    rules += [GAP | {"kind": "equal", "tolerance": 1.0, "own_spread": True}]
+    found = {(round(v.low, 9), round(v.high, 9)) for rule in rules for v in verdicts(rule, cells)}
+    scale = stats.sem([0.1, 0.4, 0.3])
+    (interval,) = found
+    assert interval == pytest.approx(stats.t.interval(0.95, df=2, loc=0.8 / 3, scale=scale))
 
 
 def test_an_unknown_kind_of_claim_is_named(verdict):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kdbook.claims import judge
 from kdbook.comparisons import chances, gains, row_gains
-from kdbook.contrasts import interval
 from kdbook.exhibits import Exhibit
 from kdbook.profiles import open_profile
 
@@ -16,13 +16,19 @@ def exhibit(name, cells):
     return made
 
 
+def bounds(values):
+    """One-sided 95 % bounds of a mean."""
+    width = stats.t.ppf(0.95, len(values) - 1) * stats.sem(values)
+    return pytest.approx((np.mean(values) - width, np.mean(values) + width))
+
+
 def test_gains_of_columns_are_paired_by_seed_and_positive_where_errors_fall():
     row = "resnet20<-resnet56"
     cells = {(row, "student"): {0: 8.0, 1: 9.0, 2: 7.0}, (row, "kd"): {1: 7.5, 0: 7.0}}
     table = gains(exhibit("stc/table1", cells), over="student")
     ours = np.array([8.0 - 7.0, 9.0 - 7.5])
     assert table.ours[row, "kd"] == pytest.approx(ours.mean())
-    assert (table.low[row, "kd"], table.high[row, "kd"]) == pytest.approx(interval(ours))
+    assert (table.low[row, "kd"], table.high[row, "kd"]) == bounds(ours)
     assert table.paper[row, "kd"] == pytest.approx(7.78 - 7.19)
     assert table.ours[row, "student"] == 0
 
@@ -36,7 +42,7 @@ def test_gains_of_rows_are_paired_by_seed_and_positive_where_accuracies_rise():
     }
     table = row_gains(exhibit("kr/table1", cells), "accuracy", over="Student")
     assert table.ours["KR"] == pytest.approx(2)
-    assert (table.low["KR"], table.high["KR"]) == pytest.approx(interval(np.array([1.0, 3.0])))
+    assert (table.low["KR"], table.high["KR"]) == bounds([1.0, 3.0])
     assert table.paper["KR"] == pytest.approx(90.65 - 87.91)
     assert np.isnan(table.ours["FSP"])
     assert table.ours["own"] == -1
@@ -72,3 +78,18 @@ def test_one_seed_or_a_missing_row_has_no_probability():
     cells = {("A", "accuracy"): {0: 80.0}, ("B", "accuracy"): {0: 81.0}}
     table = chances(exhibit("book/methods", cells), ["A", "B", "C"], "accuracy")
     assert table.isna().all(axis=None)
+
+
+def test_a_gain_has_the_bounds_of_the_verdict_on_the_same_gap():
+    """Several pairs: the spread is pooled over the table, for the gain as for the verdict."""
+    random, row = np.random.default_rng(0), "resnet20<-resnet56"
+    columns = ("student", "ft", "ft_kd", "stc")
+    rows = (row, "resnet20<-wrn40-1")
+    values = {(r, c): random.normal(8, 0.3, 3) for r in rows for c in columns}
+    made = exhibit("stc/table1", {cell: dict(enumerate(v)) for cell, v in values.items()})
+    table = gains(made, over="ft_kd")
+    claim = "stc/table1/kd-hurts-ft-resnet20-from-resnet56"
+    (verdict,) = (v for v in judge("stc/table1", made.cells, "reduced") if v.id == claim)
+    ours = table.loc[row, "ft"]
+    assert (ours.ours, ours.low, ours.high) == (verdict.estimate, verdict.low, verdict.high)
+    assert (ours.low, ours.high) != bounds(values[row, "ft_kd"] - values[row, "ft"])

@@ -78,6 +78,18 @@ def test_a_contrast_that_spreads_more_than_the_table_keeps_its_own_spread():
     assert (wide, narrow) == (2, 2 * 5)
 
 
+def test_measurements_of_one_network_keep_their_own_spread():
+    """Levels of noise: all losses of a network move together, the strongest one most."""
+    moves = np.random.default_rng(2).normal(0, 1, 4)
+    cells = {(f"delta {k}", "loss"): dict(enumerate(k * moves)) for k in range(11)}
+    ends = {("delta 10", "loss"): 1, ("delta 0", "loss"): -1}
+    own = estimate_gaps([ends], cells, None)
+    assert (own.error[0], own.df[0]) == (pytest.approx(stats.sem(10 * moves)), 3)
+    middle = {("delta 6", "loss"): 1, ("delta 5", "loss"): -1}
+    assert estimate_gaps([middle], cells, None).df[0] == 3
+    assert estimate_gaps([middle], cells).df[0] == 10 * 3  # as if the levels were independent
+
+
 def test_one_run_in_two_cells_counts_once():
     cells, _ = table(rows=1, columns=3, seeds=3)
     cells["r0", "c3"] = cells["r0", "c2"]

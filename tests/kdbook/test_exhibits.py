@@ -112,6 +112,19 @@ def test_a_smoke_run_has_verdicts_on_counts_alone(table2):
     assert "reproduced" in set(table.verdict[table.kind == "value"])
 
 
+def test_a_failed_check_of_two_rows_concerns_both_and_stands_in_the_footer(table2):
+    text = "The teacher is above."
+    table2.check(text, False, ["S-KD"])
+    table2.check(text, False, [("S-RCO", "top1")])
+    assert table2.failed == {text: ["S-KD", ("S-RCO", "top1")]}
+    assert table2.record().endswith(f"\nA check failed (S-KD, S-RCO @ top1): {text}")
+    table2.check(text, False)
+    table2.check(text, False, ["S-KD"])
+    assert table2.failed == {text: None}
+    table2.check(text, True)
+    assert table2.failed == {}
+
+
 def test_an_exhibit_is_judged_once_and_again_after_a_new_cell(table2, tmp_path, monkeypatch):
     calls, judge = [], exhibits.judge
     monkeypatch.setattr(exhibits, "judge", lambda *a: calls.append(a) or judge(*a))

@@ -14,6 +14,7 @@ from kdbook.exhibits import Exhibit
 from kdbook.forest import VERDICTS, forest
 from kdbook.profiles import open_profile
 from kdbook.published import all_claims, paper_cells
+from kdlib.files import ROOT
 
 SMOKE, PAPER = open_profile("smoke"), open_profile("paper")
 
@@ -45,6 +46,7 @@ def test_the_summary_gives_the_papers_number_and_ours(table3):
     wrong = rows[rows.verdict == "differs"].iloc[0]
     assert wrong.name.endswith("width multiplier: mobilenetv2-t4-w0.35")
     assert (float(wrong.ours), wrong.seeds) == (float(wrong.paper) + 1, 1)
+    assert wrong.unit == "MFLOPs"
 
 
 def test_the_page_needs_no_network(table3, tmp_path):
@@ -52,7 +54,8 @@ def test_the_page_needs_no_network(table3, tmp_path):
     assert path == tmp_path / "results" / "smoke" / "scorecard.html"
     page = path.read_text()
     resources = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert [text[:22] for text in resources] == ["data:image/png;base64,"]
+    others = [text for text in resources if "docs/decisions.md#" not in text]
+    assert [text[:22] for text in others] == ["data:image/png;base64,"]
     assert not re.search("https?://|<script", page)
     about = json.loads(path.with_name("scorecard.html.json").read_text())
     assert about["claims"] == len(scorecard.gather(SMOKE))
@@ -69,6 +72,20 @@ def test_the_page_lists_every_claim_with_its_place_and_verdict(table3):
     assert page.count(f"<b style='color:{green}'>■</b> reproduced") == 16
     assert page.count(f"<b style='color:{red}'>■</b> differs") == 1
     assert "class=warn" in page
+
+
+def test_the_label_of_a_decision_is_a_link_to_it(table3):
+    path = scorecard.write_page(SMOKE)
+    place, anchor = re.search(r"<a href='([^#']+)#([^']+)'>KR-s</a>", path.read_text()).groups()
+    assert (path.parent / place).resolve() == ROOT / "docs" / "decisions.md"
+    assert anchor == "kr-s-a-second-reading-of-eq-3-4-9-and-10"
+
+
+def test_the_page_says_what_a_count_is_worth_below_full_scale(table3):
+    assert "verdicts on counted numbers here" in scorecard.write_page(SMOKE).read_text()
+    assert "verdicts on counted numbers here" not in scorecard.write_page(PAPER).read_text()
+    counts = scorecard.counts(scorecard.gather(SMOKE))
+    assert [*counts] == ["reproduced", "differs", "not run"]
 
 
 def test_names_with_html_in_them_are_shown_as_text():

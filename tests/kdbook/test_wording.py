@@ -10,6 +10,8 @@ from kdbook.wording import (
     claim_text,
     estimate_text,
     own_text,
+    rule_text,
+    unit_text,
     verdict_table,
     verdict_text,
 )
@@ -32,6 +34,14 @@ def verdict(kind="gap", estimate=0.7, **others):
             "unresolved here (2 of 3 seeds agree; resolution ±0.71; the paper's gap is 0.5)",
         ),
         (
+            {"verdict": "inconclusive", "agree": 2, "n": 3, "resolution": 0.71, "paper": 0.5},
+            "inconclusive (2 of 3 seeds agree; resolution ±0.71; the paper's gap is 0.5)",
+        ),
+        (
+            {"kind": "value", "verdict": "inconclusive", "n": 3, "resolution": 1.2, "paper": 70.0},
+            "inconclusive (3 seeds; resolution ±1.2)",
+        ),
+        (
             {
                 "kind": "family",
                 "verdict": "holds here",
@@ -44,6 +54,40 @@ def verdict(kind="gap", estimate=0.7, **others):
 )
 def test_a_verdict_says_what_is_needed_beside_it(about, text):
     assert verdict_text(verdict(**about)) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit", "text"),
+    [
+        ("value", "%", "%"),
+        ("gap", "%", "points"),
+        ("gap", "loss", "loss"),
+        ("correlation", "%", "r"),
+        ("gap", float("nan"), ""),
+    ],
+)
+def test_a_gap_of_percentages_is_in_points(kind, unit, text):
+    assert unit_text(verdict(kind, unit=unit)) == text
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (None, "no claim"),
+        ("The rule.", "The rule."),
+        ({}, "not set"),
+        ({"margin": 0.5, "headline": None}, "by more than 0.5; not a headline"),
+        ({"margin": None}, "no margin"),
+        ({"kind": "gap", "contrast": {"KD": -4, "GS": 1, "A": 1}}, "kind gap; GS + A − 4 · KD"),
+        ({"order": ["a", "b"], "sense": "min"}, "a > b; the smallest is the best"),
+        ({"cell": "a", "among": ["b", "c"]}, "a is better; than b, c"),
+        ({"reconstruction": ["a"]}, "on our reading for a"),
+        ({"pairs": [["a", "b"]] * 5}, "a over b, a over b, a over b, 2 more pairs"),
+        ({"x": "delta", "y": "gap", "at_least": 0}, "between delta; and gap; r above 0"),
+    ],
+)
+def test_a_rule_is_told_in_words(rule, text):
+    assert rule_text(rule) == text
 
 
 def test_a_reconstruction_has_a_column_of_its_own():

@@ -45,7 +45,18 @@ def test_a_failed_notebook_is_kept_aside_and_never_accepted(tmp_path, notebook):
     with pytest.raises(execute.papermill.PapermillExecutionError):
         execute.execute(notebook("x = 1", "1 / 0"), output, {})
     assert not output.exists()
-    assert "ZeroDivisionError" in json.dumps(nbformat.read(output.with_suffix(".failed.ipynb"), 4))
+    failed = output.with_suffix(".failed.ipynb")
+    assert "ZeroDivisionError" in json.dumps(nbformat.read(failed, 4))
+    assert {p.name for p in tmp_path.glob("out*")} == {failed.name}
+    execute.execute(notebook("x = 1"), output, {})
+    assert {p.name for p in tmp_path.glob("out*")} == {output.name}
+
+
+def test_the_copy_of_a_notebook_that_runs_has_a_neutral_name(tmp_path, notebook):
+    cell = f"import pathlib; names = [p.name for p in pathlib.Path('{tmp_path}').glob('out*')]; "
+    execute.execute(notebook("x = 1", cell + "print(names)"), tmp_path / "out.ipynb", {})
+    printed = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text
+    assert printed == "['out.running.ipynb']\n"
 
 
 def test_the_process_that_waits_for_a_notebook_does_not_import_torch():

@@ -58,6 +58,12 @@ def test_the_list_has_every_notebook_and_its_cost(monkeypatch, capsys):
             assert text in line
 
 
+def test_snakemake_gets_the_names_of_exhibits(parse, monkeypatch):
+    monkeypatch.setenv("KDLIB_GPUS", "")
+    command = run_all.snakemake(parse("--only", "stc/table1, kr/04_table1"))
+    assert "only=stc/table1,kr/table1" in command
+
+
 def test_help_describes_every_profile(parse, capsys):
     with pytest.raises(SystemExit) as left:
         parse("--help")
@@ -204,6 +210,38 @@ def test_relative_paths_of_the_caller_become_absolute(tmp_path, active):
     script = f"source {ROOT}/workflow/environment.sh && echo $KDLIB_HOME $PYTHON"
     done = call("-c", script, command=["bash"], cwd=tmp_path, env={"KDLIB_HOME": "store"})
     assert done.stdout.split() == [str(tmp_path / "store"), sys.executable]
+
+
+def test_an_environment_that_is_only_on_the_path_is_used(tmp_path, active):
+    script = f"unset VIRTUAL_ENV CONDA_PREFIX; source {ROOT}/workflow/environment.sh; echo $PYTHON"
+    done = call("-c", script, command=["bash"], cwd=tmp_path)
+    python = os.path.join(os.path.dirname(sys.executable), "python")
+    assert done.stdout.strip() == python, done.stderr
+
+
+def test_before_it_installs_the_script_says_what_is_missing(tmp_path, active):
+    """Without an installation: both Pythons are stubs."""
+    for name in ("workflow/environment.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    stubs = {"bin/python": "echo 'torch>=2.6, papermill>=2'; exit 1", ".venv/bin/python": "exit 0"}
+    for name, line in stubs.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script = f"PATH={tmp_path}/bin:$PATH; source workflow/environment.sh; echo $PYTHON"
+    done = call("-c", script, command=["bash"], cwd=tmp_path)
+    first, second, python = done.stdout.splitlines()
+    assert first == f"{tmp_path}/bin/python lacks: torch>=2.6, papermill>=2."
+    assert second.startswith(f"Installing the packages into {tmp_path}/.venv")
+    assert python == f"{tmp_path}/.venv/bin/python"
+
+
+def test_an_unknown_part_of_the_tests_is_refused_before_anything_is_installed(tmp_path):
+    shutil.copy(ROOT / "run_tests.sh", tmp_path)  # without workflow/ it can install nothing
+    done = call("lint", "foo", command=["bash", str(tmp_path / "run_tests.sh")])
+    assert done.returncode == 2
+    assert done.stderr == "Unknown part 'foo'. Use lint, unit or notebooks.\n"
 
 
 def test_the_script_runs_the_code_of_its_own_checkout(tmp_path, active):
