@@ -79,15 +79,15 @@ def read(path: Path) -> Recorded:
     """A committed record. Raises StoreError where it is damaged or describes another run."""
     try:
         head, *rows, last = map(json.loads, path.read_text().splitlines())
-        summary, run = last["summary"], rebuild(head["run"])
+        summary = last["summary"]
+        keep, logits = (*map(int, summary["weights"]),), "logits" in summary
+        run = rebuild(head["run"] | {"keep": keep, "save_logits": logits})
         if not run.id == head["id"] == path.stem:
             raise ValueError(f"it describes the run {run.id}")
         expected = math.ceil(summary.get("stopped_after", run.recipe.epochs))
         if [row["epoch"] for row in rows] != list(range(1, expected + 1)):
             raise ValueError("epochs are missing")
-        keep = (*map(int, summary["weights"]),)
-        about = {"keep": keep, "save_logits": "logits" in summary}
-        return Recorded(path, rebuild(head["run"] | about), rows, summary)
+        return Recorded(path, run, rows, summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} cannot be trained again: {error}.") from error
 
