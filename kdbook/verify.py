@@ -135,7 +135,7 @@ class Comparison:
             those of its ancestors.
         since: the first epoch whose row of the log differs; None where all are equal.
         columns: the largest difference in each column of the log that differs.
-        weights: the epochs whose weights differ.
+        weights: the epochs whose weights differ; None where they cannot be compared.
         others: other parts of the summary that differ, such as the teachers.
     """
 
@@ -145,7 +145,7 @@ class Comparison:
     alike: bool
     since: int | None = None
     columns: Mapping[str, float] = field(default_factory=dict)
-    weights: tuple[int, ...] = ()
+    weights: tuple[int, ...] | None = ()
     others: tuple[str, ...] = ()
 
     @property
@@ -164,7 +164,10 @@ def compare(recorded: Recorded, trained: Trained, alike: bool = True) -> Compari
             since = since or (old or new)["epoch"]
             distance = abs(old.get(name, math.inf) - new.get(name, math.inf))
             columns[name] = max(columns.get(name, 0.0), distance)
-    before, now = recorded.summary["weights"], trained.summary["weights"]
+    weights, before, now = None, recorded.summary["weights"], trained.summary["weights"]
+    # Before records had the curve, it lay beside the weights and was hashed with them.
+    if not recorded.run.method.curve or "curve" in recorded.summary:
+        weights = tuple(sorted(int(e) for e in before if before[e] != now.get(e)))
     parts = recorded.summary.keys() - MEASURED
     return Comparison(
         run=recorded.run,
@@ -173,7 +176,7 @@ def compare(recorded: Recorded, trained: Trained, alike: bool = True) -> Compari
         alike=alike and repeats(recorded.summary, trained.summary["environment"]),
         since=since,
         columns=columns,
-        weights=tuple(sorted(int(epoch) for epoch in before if before[epoch] != now.get(epoch))),
+        weights=weights,
         others=tuple(sorted(p for p in parts if recorded.summary[p] != trained.summary.get(p))),
     )
 

@@ -124,6 +124,8 @@ class Verification:
         equal = len(compared) - len(different)
         runs = count(len(compared), "recorded run")
         print(f"\nTrained again: {runs}, {equal} equal in every bit.")
+        if logs := sum(c.weights is None for c in compared):
+            print(f"Of {logs} of them only the log was compared.")
         if wrong:
             print(
                 f"{len(wrong)} differ on a machine with the same description: the record or the "
@@ -175,21 +177,22 @@ def report(comparison: Comparison, chosen: Run) -> str:
     lines += [f"    both: {here}"] if both else [f"    recorded: {then}", f"    here:     {here}"]
     rows, names = recorded.rows, [n for n in recorded.rows[0] if n != "seconds"]
     weights = [*map(int, recorded.summary["weights"])]
-    if comparison.equal:
-        log = f"{count(len(rows), 'epoch')} of {count(len(names), 'column')}"
-        after = f"the weights after epoch {listed(weights)}"
-        lines.append(f"    equal in every bit: the log, {log}, and {after}")
-        return "\n".join(lines)
     if comparison.since is None:
-        lines.append(f"    the log is equal in all {len(rows)} epochs")
+        size = f"{count(len(rows), 'epoch')} of {count(len(names), 'column')}"
+        lines.append(f"    the log is equal in every bit: {size}")
     else:
         apart = ", ".join(f"{n} by {d:.2g}" for n, d in comparison.columns.items())
         since = f"since epoch {comparison.since} of {len(rows)}"
         lines.append(f"    DIFFERENT log {since}, at most {apart}")
         top1 = [r.rows[-1].get("test_top1", float("nan")) for r in (recorded, trained)]
         lines.append(f"    last test accuracy: {top1[0]:.2f} % recorded, {top1[1]:.2f} % here")
-    if same := [epoch for epoch in weights if epoch not in comparison.weights]:
-        lines.append(f"    the weights after epoch {listed(same)} are equal")
+    if comparison.weights is None:
+        lines.append(
+            "    the weights were not compared: an earlier version of kdlib recorded their hash, "
+            "with the loss curve in it"
+        )
+    elif same := [epoch for epoch in weights if epoch not in comparison.weights]:
+        lines.append(f"    the weights after epoch {listed(same)} are equal in every bit")
     if comparison.weights:
         lines.append(f"    DIFFERENT weights after epoch {listed(comparison.weights)}")
     if comparison.others:

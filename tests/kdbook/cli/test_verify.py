@@ -13,7 +13,7 @@ from kdbook.cli import run_all
 from kdbook.cli.notebooks import ROOT
 from kdbook.recorded import CLASSES, Records, rebuild
 from kdbook.verify import as_recorded, repeats
-from kdlib import KD, files, store, train
+from kdlib import KD, Penalised, files, store, train
 from kdlib.engine.train import CACHES
 
 EXHIBIT, PROFILE = "kr/table1", "course"
@@ -81,7 +81,8 @@ def test_a_run_and_its_teacher_are_trained_in_an_empty_store_and_equal_in_every_
     assert epochs_trained == [(run.id, epoch) for run in family for epoch in (1, 2)]
     assert f"ancestor {teacher}" in printed
     assert "Trained again: 2 recorded runs, 2 equal in every bit." in printed
-    assert "and the weights after epoch 1, 2\n" in printed
+    assert "the log is equal in every bit: 2 epochs of 7 columns\n" in printed
+    assert "the weights after epoch 1, 2 are equal in every bit\n" in printed
     assert "1 thread, float32" in printed
     assert not files.home().exists()  # the reader's store is not touched
 
@@ -155,9 +156,21 @@ def test_altered_weights_are_reported_with_their_epoch(verify, commit, tiny):
     alter(path, -1, "weights", lambda weights: weights | {"1": "0" * 16})
     status, printed = verify(EXHIBIT)
     assert status == 1
-    assert "the log is equal in all 2 epochs" in printed
+    assert "the log is equal in every bit: 2 epochs" in printed
     assert "the weights after epoch 2 are equal" in printed
     assert "DIFFERENT weights after epoch 1\n" in printed
+
+
+def test_weights_are_not_compared_where_their_hash_was_over_the_curve_as_well(verify, commit, tiny):
+    (path,) = commit([tiny(method=Penalised(), model="lenet")])
+    *rows, last = map(json.loads, path.read_text().splitlines())
+    del last["summary"]["curve"]  # as in records of an earlier version
+    last["summary"]["weights"] = {"2": "0" * 16}
+    path.write_text("\n".join(map(json.dumps, [*rows, last])) + "\n")
+    status, printed = verify(EXHIBIT)
+    assert status == 0, printed
+    assert "the weights were not compared" in printed
+    assert "Of 1 of them only the log was compared." in printed
 
 
 def test_other_weights_of_a_teacher_are_reported(verify, commit, family):
