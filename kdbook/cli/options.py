@@ -28,6 +28,7 @@ examples:
   ./run_all.sh --only rco/table1          one exhibit
   ./run_all.sh --only "rco, stc/table1"   all exhibits of a chapter, and one more
   ./run_all.sh --minutes 8                eight minutes of the book; again to go on
+  ./run_all.sh --verify kr/figure5        check a recorded run of this exhibit
   ./run_all.sh --profile course           on CIFAR and MNIST; three commands download them first:
                                             python -m kdlib.data cifar10
                                             python -m kdlib.data cifar100
@@ -58,6 +59,13 @@ def positive(text: str) -> int:
     """Parse a whole number from 1."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
@@ -130,10 +138,18 @@ def check_environment(gpu: bool) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Parse and check the command line; ``profile`` of the result is the opened profile."""
+    """Parse and check the command line.
+
+    ``profile`` of the result is the opened profile; with ``--verify`` there is none.
+    """
     parser = _parser()
     arguments = parser.parse_args()
     arguments.data = dict(arguments.data)
+    if arguments.verify is not None:  # the profile is a folder of results then
+        if arguments.only:
+            parser.error("--only: name the exhibits after --verify")
+        return arguments
+    arguments.profile_name = arguments.profile_name or "smoke"
     for option in ("parallel", "keep_route"):  # the notebooks read these variables
         if number := getattr(arguments, option):
             os.environ[f"KDLIB_{option.upper()}"] = str(number)
@@ -158,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     options = {
         "--profile": {
-            "dest": "profile_name", "metavar": "PROFILE", "default": "smoke",
+            "dest": "profile_name", "metavar": "PROFILE",
             "help": "smoke (default), laptop, course or paper; see below",
         },
         "--only": {
@@ -202,6 +218,19 @@ def _parser() -> argparse.ArgumentParser:
             "N-th and every tenth epoch (default: 1, all epochs). Table 6 then lacks some "
             "anchor intervals, "
             "and greedy search has fewer anchors to choose from. Results go to a separate folder",
+        },
+        "--verify": {
+            "nargs": "*", "metavar": "EXHIBIT",
+            "help": "train a short recorded run of each EXHIBIT (default: of any) and its teachers "
+            "again, from the record alone, in an empty store, and compare every bit. An id of a "
+            "run names this run; all takes all runs; --minutes N as many as there is time for; "
+            "--profile the records in this folder of results (default: all but smoke). Exit "
+            "status: 0 equal; 1 different; 2 not verified; 3 different, but the machine has "
+            "another description, so that is expected",
+        },
+        "--seed": {
+            "type": natural, "metavar": "N",
+            "help": "with --verify: choose the same runs again",
         },
         "--list": {
             "action": "store_true", "help": "list the notebooks with their expected time and exit",

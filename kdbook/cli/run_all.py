@@ -1,5 +1,6 @@
 """Train the networks of one profile and write every table and figure of the book."""
 
+import argparse
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from kdbook.cli.forecast import table
 from kdbook.cli.notebooks import ROOT, all_notebooks
 from kdbook.cli.options import parse
 from kdbook.cli.slice import run_slice
+from kdbook.cli.verify import NOT_VERIFIED, run_verify
 from kdbook.cli.workflow import run, snakemake
 from kdbook.profiles import PROFILES
 from kdlib import files
@@ -51,8 +53,23 @@ space; the option --keep-route reduces it.""")
     return 0
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    """Verify recorded runs; the exit status. The folder of the training is removed in any case."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_verify(arguments)
+    except KdlibError as error:
+        print(error, file=sys.stderr)
+        return NOT_VERIFIED
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command begins again.", file=sys.stderr)
+        return 130
+
+
 def main() -> int:
     arguments = parse()
+    if arguments.verify is not None:
+        return verify(arguments)
     profile = arguments.profile
     if arguments.list:
         list_notebooks(profile.name)

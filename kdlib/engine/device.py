@@ -134,7 +134,8 @@ def environment(
     compiled: bool = False,
     labels: torch.dtype | None = None,
 ) -> dict[str, str | int | bool | None]:
-    """The machine for a record: versions, device, threads, precision, peak memory in MiB.
+    """The machine for a record: versions, device, its vector instructions, threads, precision, peak
+    memory in MiB.
 
     Args:
         dtype: of the networks in training.
@@ -146,6 +147,7 @@ def environment(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if gpu else platform.machine() + " CPU",
+        "instructions": None if gpu else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": _name(dtype),
         "label_precision": labels and _name(labels),

@@ -5,26 +5,15 @@ import json
 
 import pytest
 
-from kdlib import methods, runs, store
+from kdbook.recorded import rebuild
+from kdlib import runs, store
 from kdlib.files import ROOT
 from kdlib.store.measurements import measurement_name
 
 RECORDS = sorted(ROOT.glob("results/*/records/*.jsonl"))
 MEASUREMENTS = sorted(ROOT.glob("results/*/records/*.measure-*.json"))
-CLASSES = {name: kind for name, kind in vars(methods).items() if isinstance(kind, type)}
-CLASSES |= {"Run": runs.Run, "Recipe": runs.Recipe}
 # The functions of the notebooks whose measurements are committed, and their options.
 MEASURED = [("training_curve", {}), ("kernel_sparsity", {}), ("kernels", {"layer": 1})]
-
-
-def rebuild(description):
-    """The object that a description is of, from its classes by name."""
-    if isinstance(description, list):
-        return tuple(map(rebuild, description))
-    if not isinstance(description, dict):
-        return description
-    values = {name: rebuild(value) for name, value in description.items() if name != "kind"}
-    return CLASSES[description["kind"]](**values)
 
 
 def content(path):
