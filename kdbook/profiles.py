@@ -5,13 +5,13 @@ notebook asks which profile it runs in. A route is a teacher's checkpoints along
 its logits.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
+from kdbook.choices import keep_route, replaced_data
 from kdbook.kept_epochs import FOLLOWED, RCO_ANCHORS
 from kdbook.small_networks import LAPTOP_NETWORKS, SMALL_NETWORKS
 from kdlib.data import canonical_name, display_name, split_name
@@ -37,6 +37,7 @@ class Profile:
         repeats: for a paper's data set that is much larger than its replacement, the number of
             epochs of the replacement that count as one epoch of the data set.
         axis_limit: on each axis of a grid of networks, run only this many values; None for all.
+        probed: images of a split that a measurement uses at most; None for no limit.
         seeds_of_grid: number of seeds of a grid of networks; None for all.
         keep_route: a teacher with a route keeps the weights of every ``keep_route``-th epoch of
             the paper, and of ``RCO_ANCHORS``. A reader's choice: ``--keep-route``.
@@ -57,6 +58,7 @@ class Profile:
     seeds_of_grid: int | None = None
     keep_route: int = 1
     iteration_scale: float | None = None
+    probed: int | None = None
     evidence: bool = True
     substitutes: tuple[str, ...] = ()
 
@@ -92,6 +94,10 @@ class Profile:
     def limit_axis(self, values: Iterable) -> tuple:
         """The values that run, of one axis of a grid of networks."""
         return tuple(values)[: self.axis_limit]
+
+    def limit_images(self, count: int | None = None) -> int | None:
+        """The number of images that a measurement uses where the notebook asks for ``count``."""
+        return min((n for n in (count, self.probed) if n), default=None)
 
     def scale_epochs(self, paper: int) -> int:
         """The paper's number of epochs in this profile: at least one."""
@@ -225,9 +231,9 @@ PROFILES = {
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
         images={"cifar10": 500, "cifar100": 500, "mnist": 1000},
-        # a hundredth of the images that pass: 18/30 of an epoch of 1,000 for one of 60,000
         repeats={"mnist": 18},
         axis_limit=2,
+        probed=100,
         seeds_of_grid=1,
         evidence=False,
     ),
@@ -277,30 +283,13 @@ def open_profile(
     """
     if name not in PROFILES:
         raise UnknownName("profile", name, PROFILES)
-    profile = replace(PROFILES[name], keep_route=_keep_route())
+    profile = replace(PROFILES[name], keep_route=keep_route())
     if seeds is not None:
         profile = replace(profile, seeds=tuple(seeds))
     if data:
-        pairs = data if isinstance(data, Mapping) else _pairs(data)
+        pairs = data if isinstance(data, Mapping) else replaced_data(data)
         canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}
         named = tuple(sorted(f"{paper}={display_name(own)}" for paper, own in canonical.items()))
         datasets = {**profile.datasets, **canonical}
         profile = replace(profile, datasets=datasets, substitutes=named)
     return profile
-
-
-def _keep_route() -> int:
-    """``$KDLIB_KEEP_ROUTE``, which ``./run_all.sh --keep-route`` sets."""
-    text = os.environ.get("KDLIB_KEEP_ROUTE") or "1"
-    if not (text.isdecimal() and int(text)):
-        raise ValueError(f"KDLIB_KEEP_ROUTE is {text!r}. Set it to a number of epochs, 1 or more.")
-    return int(text)
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(paper and own for paper, _, own in pairs):
-        raise ValueError(
-            f"{text!r} is no choice of data sets. Write NAME=DATA, such as cifar100=folder:PATH."
-        )
-    return {paper: own for paper, _, own in pairs}
