@@ -230,7 +230,7 @@ PROFILES = {
         "training images; no evidence",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
-        images={"cifar10": 500, "cifar100": 500, "mnist": 1000},
+        images={"cifar10": 256, "cifar100": 256, "mnist": 1000},
         repeats={"mnist": 18},
         axis_limit=2,
         probed=100,
