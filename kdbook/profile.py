@@ -22,6 +22,7 @@ class Profile:
 
     Attributes:
         epoch_scale: number of epochs that run for one epoch of the paper.
+        iteration_scale: the same for settings in iterations; None for ``epoch_scale``.
         papers: fields that have another value for one of the papers, by chapter.
         seeds: one training for each seed.
         description: one line for the help text.
@@ -36,6 +37,7 @@ class Profile:
         repeats: for a paper's data set that is much larger than its replacement, the number of
             epochs of the replacement that count as one epoch of the data set.
         axis_limit: on each axis of a grid of networks, run only this many values; None for all.
+        probed: images of a split that a measurement uses at most; None for no limit.
         seeds_of_grid: number of seeds of a grid of networks; None for all.
         further_seeds: those that ``with_further_seeds`` adds.
         tries: number of values of a tuned setting; None for all.
@@ -59,6 +61,8 @@ class Profile:
     batch: int | None = None
     repeats: Mapping[str, int] = field(default_factory=dict)
     axis_limit: int | None = None
+    iteration_scale: float | None = None
+    probed: int | None = None
     seeds_of_grid: int | None = None
     further_seeds: tuple[int, ...] = (3, 4)
     tries: int | None = None
@@ -103,13 +107,17 @@ class Profile:
         """The values that run, of one axis of a grid of networks."""
         return tuple(values)[: self.axis_limit]
 
+    def limit_images(self, count: int | None = None) -> int | None:
+        """The number of images that a measurement uses where the notebook asks for ``count``."""
+        return min((n for n in (count, self.probed) if n), default=None)
+
     def scale_epochs(self, paper: int) -> int:
         """The paper's number of epochs in this profile: at least one."""
         return max(1, round(paper * self.epoch_scale))
 
     def scale_iterations(self, paper: int) -> int:
         """The paper's number of iterations in this profile: at least one."""
-        return self.scale_epochs(paper)
+        return max(1, round(paper * (self.iteration_scale or self.epoch_scale)))
 
     def dataset(self, paper: str) -> str:
         """The data set that runs for the paper's data set, with the same distortion."""

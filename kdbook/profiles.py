@@ -1,9 +1,9 @@
 """The profiles: what is smaller than in the papers, one table each."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from kdbook.choices import keep_route, replaced_data
 from kdbook.profile import Profile
 from kdbook.small_networks import LAPTOP_NETWORKS, SMALL_NETWORKS
 from kdlib.data import canonical_name, display_name
@@ -12,15 +12,17 @@ from kdlib.errors import UnknownName
 PROFILES = {
     "smoke": Profile(
         name="smoke",
-        epoch_scale=1 / 20,
+        epoch_scale=1 / 30,
+        iteration_scale=1 / 100,
         seeds=(0, 1),
-        description="digits, a twentieth of the epochs (KR: a tenth), at most 1,000 training "
-        "images; no evidence",
+        description="digits, a thirtieth of the epochs (LeNet: a hundredth), at most 1,000 "
+        "training images; no evidence",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
-        images={"cifar10": 1000, "cifar100": 1000, "mnist": 1000},
-        repeats={"mnist": 60, "cifar10": 2, "cifar100": 2},
+        images={"cifar10": 256, "cifar100": 256, "mnist": 1000},
+        repeats={"mnist": 18},
         axis_limit=2,
+        probed=100,
         seeds_of_grid=1,
         further_seeds=(),
         tries=2,
@@ -90,30 +92,13 @@ def open_profile(
     if name not in PROFILES:
         raise UnknownName("profile", name, PROFILES)
     changes = PROFILES[name].papers.get(paper, {})
-    profile = replace(PROFILES[name], keep_route=_keep_route(), **changes)
+    profile = replace(PROFILES[name], keep_route=keep_route(), **changes)
     if seeds is not None:
         profile = replace(profile, seeds=tuple(seeds), further_seeds=())
     if data:
-        pairs = data if isinstance(data, Mapping) else _pairs(data)
+        pairs = data if isinstance(data, Mapping) else replaced_data(data)
         canonical = {canonical_name(paper): canonical_name(own) for paper, own in pairs.items()}
         named = tuple(sorted(f"{paper}={display_name(own)}" for paper, own in canonical.items()))
         datasets = {**profile.datasets, **canonical}
         profile = replace(profile, datasets=datasets, substitutes=named)
     return profile
-
-
-def _keep_route() -> int:
-    """``$KDLIB_KEEP_ROUTE``, which ``./run_all.sh --keep-route`` sets."""
-    text = os.environ.get("KDLIB_KEEP_ROUTE") or "1"
-    if not (text.isdecimal() and int(text)):
-        raise ValueError(f"KDLIB_KEEP_ROUTE is {text!r}. Set it to a number of epochs, 1 or more.")
-    return int(text)
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(paper and own for paper, _, own in pairs):
-        raise ValueError(
-            f"{text!r} is no choice of data sets. Write NAME=DATA, such as cifar100=folder:PATH."
-        )
-    return {paper: own for paper, _, own in pairs}

@@ -26,7 +26,7 @@ from kdlib.store import Trained
 
 # Factors on the strength and the rate of the gates, by profile. Gates must close in fewer steps in
 # a shorter profile.
-GATE_FACTORS = {"smoke": (250, 5), "laptop": (50, 1), "course": (3, 3), "paper": (1, 1)}
+GATE_FACTORS = {"smoke": (800, 5), "laptop": (50, 1), "course": (3, 3), "paper": (1, 1)}
 
 
 def gate_settings(profile: Profile, strength: float, rate: float) -> dict[str, float]:

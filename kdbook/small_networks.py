@@ -50,7 +50,7 @@ KR = {
     "resnet14-x0.9375": "resnet14-x0.47",
 }
 
-SMALL_NETWORKS = {"resnet50": "resnet14", **STUDENTS, **PAIRS, **SEARCH, **KR}
+SMALL_NETWORKS = {"resnet50": "resnet8", **STUDENTS, **PAIRS, **SEARCH, **KR}
 
 # --- images of 16x16 ------------------------------------------------------------------------------
 

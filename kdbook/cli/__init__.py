@@ -5,6 +5,10 @@ import time
 
 STARTED = time.monotonic()  # imports take seconds, too
 
+# papermill imports jsonschema, which would build a parser of URLs. That takes longer than the rest
+# of papermill, once for every notebook, and no notebook has a URL to check.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 
 def _hook(kind, error, traceback) -> None:
     """End with a sentence after Ctrl-C, also while a program is still imported."""

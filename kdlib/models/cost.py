@@ -1,6 +1,5 @@
 """Cost of a network: parameters, multiply-accumulates, FLOPs by RCO's rule."""
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,9 +31,10 @@ class Cost:
 
 
 def count_cost(model: nn.Module, image_size: int, channels: int | None = None) -> Cost:
-    """Count the cost from the shapes alone, on a copy of the model on the meta device.
+    """Count the cost from the shapes in a forward pass of one image.
 
-    PyTorch's own counter ignores groups in the backward pass of depthwise convolutions.
+    Not on the meta device, whose batch norm loads PyTorch's compiler, for seconds. PyTorch's own
+    counter ignores groups in the backward pass of depthwise convolutions.
 
     Args:
         image_size: height and width of the square image.
@@ -42,7 +42,6 @@ def count_cost(model: nn.Module, image_size: int, channels: int | None = None) -
     """
     if channels is None:
         channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    shapes = copy.deepcopy(model).to("meta").eval()
     layers, norms = Counter(), Counter()
 
     def add(name: str, module: nn.Module, _: tuple, output: Tensor) -> None:
@@ -51,9 +50,15 @@ def count_cost(model: nn.Module, image_size: int, channels: int | None = None) -
         elif isinstance(module, nn.BatchNorm2d):
             norms[name] += output.numel()
 
-    for name, module in shapes.named_modules():
-        module.register_forward_hook(partial(add, name))
-    with torch.no_grad():
-        shapes(torch.empty(1, channels, image_size, image_size, device="meta"))
+    own, modes = next(model.parameters()), {m: m.training for m in model.modules()}
+    hooks = [m.register_forward_hook(partial(add, name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(own.new_zeros(1, channels, image_size, image_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Cost(params, layers.total(), norms.total(), dict(layers))

@@ -35,6 +35,18 @@ def test_epochs_are_scaled_to_one_at_least(paper, here):
     assert PAPER.scale_epochs(paper) == PAPER.scale_iterations(paper) == paper
 
 
+def test_iterations_can_have_a_scale_of_their_own():
+    profile = replace(SMALL, iteration_scale=1 / 100)
+    assert profile.scale_iterations(20_000) == 200
+    assert profile.scale_epochs(240) == 12
+
+
+@pytest.mark.parametrize(("limit", "asked", "used"), [(5, None, 5), (5, 9, 5), (None, 9, 9)])
+def test_measurements_can_be_limited_to_some_images(limit, asked, used):
+    assert replace(SMALL, probed=limit).limit_images(asked) == used
+    assert PAPER.limit_images() is None
+
+
 def test_a_recipe_scales_its_milestones_and_keeps_the_rest():
     recipe = SMALL.recipe(240, milestones=(60, 120, 180), batch=64, lr=0.05, weight_decay=1e-4)
     assert (recipe.epochs, recipe.milestones) == (12, (3, 6, 9))
@@ -43,11 +55,11 @@ def test_a_recipe_scales_its_milestones_and_keeps_the_rest():
 
 @pytest.mark.parametrize(
     ("profile", "data", "epochs", "milestone"),
-    [(SMOKE, "mnist", 30, 15), (SMOKE, "cifar10", 1, 1), (PAPER, "mnist", 10, 5)],
+    [(SMOKE, "mnist", 6, 3), (SMOKE, "cifar10", 1, 1), (PAPER, "mnist", 10, 5)],
 )
 def test_a_small_replacement_of_a_data_set_is_repeated(profile, data, epochs, milestone):
     recipe = profile.recipe(10, milestones=(5,), data=data, batch=64, lr=0.05)
-    assert (recipe.epochs, recipe.milestones) == (epochs, (milestone,))  # mnist: 60·10/20
+    assert (recipe.epochs, recipe.milestones) == (epochs, (milestone,))  # mnist: 18·10/30
 
 
 def test_a_paper_may_have_values_of_its_own():
@@ -169,7 +181,7 @@ def test_settings_stand_beside_the_papers():
     course = COURSE.settings(iterations=20_000)
     assert course.loc["iterations"].tolist() == [20_000, 2000]
     smoke = SMOKE.settings("mnist", epochs={"epochs": 10}, repeats_of="mnist", grid=True)
-    assert smoke.loc["epochs"].tolist() == ["10", "30"]
+    assert smoke.loc["epochs"].tolist() == ["10", "6"]
     assert smoke.loc["seeds", "smoke"] == 1
 
 

@@ -27,7 +27,7 @@ def found():
 
 def test_gates_close_in_fewer_steps_in_a_shorter_profile():
     found = {n: search.gate_settings(p, strength=1e-3, rate=0.01) for n, p in PROFILES.items()}
-    assert found["smoke"] == {"strength": 0.25, "rate": 0.05}
+    assert found["smoke"] == {"strength": 0.8, "rate": 0.05}
     assert found["course"] == {"strength": 0.003, "rate": 0.03}
     assert found["paper"] == {"strength": 1e-3, "rate": 0.01}
     own = Profile(name="own", epoch_scale=1, seeds=(0,))
