@@ -32,10 +32,10 @@ def badges(notebook: Notebook) -> str:
     badge = f"{COLAB}/assets/colab-badge.svg"
     links = [f"[![Open in Colab]({badge})]({COLAB}/github/{where}/blob/main/{inside})"]
     up = "../" * (len(inside.parts) - 1)
-    for profile_name in ("paper", "course"):
-        executed = f"results/{profile_name}/notebooks/{inside.relative_to('notebooks')}"
-        if (ROOT / executed).exists():
-            links.append(f"[executed, {profile_name} profile]({up}{executed})")
+    for executed in sorted(ROOT.glob(f"results/*/notebooks/{inside.relative_to('notebooks')}")):
+        folder = executed.relative_to(ROOT / "results").parts[0]
+        name = folder.replace("+", ", ").replace("=", " = ")
+        links.append(f"[executed, {name}]({up}{executed.relative_to(ROOT)})")
     costs = ", ".join(f"{profile_name} {cost}" for profile_name, cost in notebook.cost.items())
     return f"{' · '.join(links)}\n\nTime to run: {costs}."
 
