@@ -26,6 +26,7 @@ class Profile:
         papers: fields that have another value for one of the papers, by chapter.
         seeds: one training for each seed.
         description: one line for the help text.
+        cost: the expected time of the whole book, in words.
         instead: another of the papers' data sets that runs in place of a paper's data set.
         datasets: replacement for a paper's data set, by name. A data set without a replacement
             stays as it is.
@@ -51,6 +52,7 @@ class Profile:
     epoch_scale: float
     seeds: tuple[int, ...]
     description: str = ""
+    cost: str = ""
     papers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)

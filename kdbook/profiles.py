@@ -17,6 +17,7 @@ PROFILES = {
         seeds=(0, 1),
         description="digits, a thirtieth of the epochs (LeNet: a hundredth), at most 1,000 "
         "training images; no evidence",
+        cost="some minutes on two CPU cores",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
         images={"cifar10": 256, "cifar100": 256, "mnist": 1000},
@@ -46,8 +47,9 @@ PROFILES = {
             },
         },
         seeds=(0, 1, 2),
-        description="CIFAR at 16x16 and MNIST, a tenth of the epochs or fewer, small networks: one "
-        "night on a laptop's CPU",
+        description="CIFAR at 16x16 and MNIST, a tenth of the epochs or fewer, small networks: for "
+        "one night on a CPU",
+        cost="20 core-hours on a CPU (estimate)",
         models=LAPTOP_NETWORKS,
         suffixes={"cifar10": "+half", "cifar100": "+half"},
         images={"cifar10": 15_000, "cifar100": 15_000},
@@ -59,6 +61,7 @@ PROFILES = {
         epoch_scale=1 / 10,
         seeds=(0, 1, 2),
         description="CIFAR and MNIST, a tenth of the epochs: for one GPU of the T4 class",
+        cost="3 days of a T4 (estimate)",
         models={"resnet50": "resnet50-x0.5"},
     ),
     "paper": Profile(
@@ -66,6 +69,7 @@ PROFILES = {
         epoch_scale=1,
         seeds=(0, 1, 2),
         description="the papers' own settings: for a data-centre GPU",
+        cost="20 days of an H200 (estimate)",
     ),
 }
 

@@ -39,7 +39,12 @@ def dry_run(command: list[str], data: dict[str, str]) -> int:
         print(f"would run {notebook.exhibit}: {notebook.title}")
     if not named:
         print("Nothing to do: every notebook is up to date.")
+    times = "\n".join(f"{name:8}{profile.cost}" for name, profile in PROFILES.items())
     print(f"""
+The expected time of the whole book:
+
+{times}
+
 The full cost of each profile, from an empty store. Each run is counted once. A greedy search is
 counted as four training stages, but it can take eight. An epoch is one pass over the training
 images. Peer epochs train a second network together with the student. Teacher passes are forward

@@ -131,7 +131,9 @@ def test_dry_run_names_the_jobs_and_runs_none(tmp_path, monkeypatch, capsys):
     assert "would run rco/table3" in printed
     assert "rco/table1" not in printed
     assert not list(tmp_path.rglob("*.ipynb"))
-    students = [re.search(rf"^{name} +(\d+)", printed, re.MULTILINE)[1] for name in PROFILES]
+    for name, profile in PROFILES.items():
+        assert re.search(rf"^{name} +{re.escape(profile.cost)}$", printed, re.MULTILINE)
+    students = [re.search(rf"^{name} +(\d+)  ", printed, re.MULTILINE)[1] for name in PROFILES]
     assert students[0] == "14"  # the runs of Table 1
 
 
