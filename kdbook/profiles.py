@@ -15,8 +15,7 @@ PROFILES = {
         epoch_scale=1 / 30,
         iteration_scale=1 / 100,
         seeds=(0, 1),
-        description="digits, a thirtieth of the epochs (LeNet: a hundredth), at most 1,000 "
-        "training images; no evidence",
+        description="digits, at most 1,000 images, a thirtieth of the epochs or less; no evidence",
         cost="some minutes on two CPU cores",
         datasets={"cifar10": "digits", "cifar100": "digits", "mnist": "digits"},
         models=SMALL_NETWORKS,
@@ -47,8 +46,7 @@ PROFILES = {
             },
         },
         seeds=(0, 1, 2),
-        description="CIFAR at 16x16 and MNIST, a tenth of the epochs or fewer, small networks: for "
-        "one night on a CPU",
+        description="CIFAR at 16x16 and MNIST, small networks, short trainings: a night on a CPU",
         cost="20 core-hours on a CPU (estimate)",
         models=LAPTOP_NETWORKS,
         suffixes={"cifar10": "+half", "cifar100": "+half"},

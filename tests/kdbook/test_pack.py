@@ -250,7 +250,7 @@ def test_the_path_of_an_image_folder_is_relative_to_the_current_folder(
     ("words", "message"),
     [
         (["--parts", "15X"], "'15X' is no size"),
-        (["--only", "kr/tabel1"], "no exhibit 'kr/tabel1'"),
+        (["--only", "kr/tabel1"], "no exhibit or chapter 'kr/tabel1'"),
         (["--profile", "tiny"], "no profile 'tiny'"),
         (["--data", "cifar10"], "write NAME=DATA"),
         (["--only", ""], "--only names no exhibit"),

@@ -86,6 +86,7 @@ every_teacher = pytest.mark.parametrize("name", FROM_TEACHER | ROUTES)
 AUX = {
     "Hint": {"adapter"},
     "FT": {"translator"},
+    "FSP": {f"adapter{k}" for k in range(4)},  # of the stem and of three stages
     "STC": {"adapter"},
     "STC to the truth": {"adapter"},
     "STC, another back": {"adapter"},

@@ -118,7 +118,7 @@ METHODS = {
         },
     ),
     RocketLaunching: (dict(zip(PAIR, PEER, strict=True)), {"temperature": 4.0, "kd_weight": 0.7}),
-    MutualLearning: (dict(zip(PAIR, PEER, strict=True)), {}),
+    MutualLearning: (dict(zip(PAIR, PEER, strict=True)), {"kd_weight": 0.5}),
     Penalised: (
         {},
         {
@@ -131,7 +131,10 @@ METHODS = {
             "every": 10,
         },
     ),
-    OneStage: ({"method": KD(TEACHER), "gap": 1}, {"method": Hint(TEACHER), "gap": 2}),
+    OneStage: (
+        {"method": KD(TEACHER), "gap": 1},
+        {"method": Hint(TEACHER), "gap": 2, "stride": 2},
+    ),
 }
 for pair in (RocketLaunching, MutualLearning):
     METHODS[pair] = (METHODS[pair][0], METHODS[pair][1] | PAIR)
