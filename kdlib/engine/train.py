@@ -26,8 +26,8 @@ class RunChain(Protocol):
     """A chain of runs, each known only when the one before it is trained.
 
     Attributes:
-        tolerant: ``next_run`` is asked also after a run whose loss was not finite, with None. Such
-            a chain ends where it names the same run again.
+        tolerant: ``next_run`` is asked also after a run whose loss was not finite, with None. The
+            chain ends where it names such a run again.
     """
 
     tolerant: bool = False
@@ -146,7 +146,7 @@ class _Session:
                         after = self._next_run(run_chain, runs[k])
                     except NothingFound as error:
                         unfound[k] = error
-                if after and after != runs[k]:
+                if after and after.id not in self.failures:
                     runs[k] = after
                 else:
                     del chains[k]

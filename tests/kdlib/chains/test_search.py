@@ -213,7 +213,7 @@ def test_parallel_searches_end_independently(tiny, elsewhere):
 @pytest.mark.parametrize("settings", [{}, {"epochs": 1, "budget": 0.01}])
 def test_weights_that_are_not_finite_in_the_end_have_no_record(monkeypatch, settings):
     evaluate, run = Trainer._evaluate, search(**settings)
-    monkeypatch.setattr(Trainer, "_evaluate", lambda t: evaluate(t) | {"test_ce": math.nan})
+    monkeypatch.setattr(Trainer, "_evaluate", lambda *to: evaluate(*to) | {"test_ce": math.nan})
     with pytest.raises(NotFinite):
         train([run])
     assert store.find_record(run) is None

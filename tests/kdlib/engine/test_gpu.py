@@ -82,7 +82,7 @@ def test_an_evaluation_between_replays_leaves_training_alone(start):
     trainer, undisturbed = start(RUN, capture=True), start(RUN, capture=True)
     for _ in range(3):
         advance(trainer, 5)
-        trainer._evaluate()
+        trainer._evaluate(last=True)
         trainer.state.modules["student"].train()
     advance(undisturbed, 15)
     assert_equal(whole(trainer), whole(undisturbed))
