@@ -100,12 +100,12 @@ def test_a_slice_that_is_stopped_and_moved_gives_the_bits_of_a_run_never_stopped
     killed.kill()
     killed.communicate()
     assert workers.returncode == 0
-    orphaned = first(*command, "20")  # its worker saves what it has, and ends
+    orphaned = first(*command, "20")  # its worker ends, too
     (worker,) = wait_until(lambda: psutil.Process(orphaned.pid).children())
     wait_until(lambda: [*(tmp_path / "first").glob("runs/*/record.jsonl")])
     orphaned.kill()
     worker.wait(60)
-    assert [*(tmp_path / "first").glob("runs/*/state.safetensors")]
+    assert len([*(tmp_path / "first").glob("runs/*/record.jsonl")]) < 10  # it did not go on
     stopped = first(*command, "20")  # as by a scheduler that gives notice
     wait_for(tmp_path / "first", "*/record.jsonl", 2)
     stopped.send_signal(signal.SIGTERM)
