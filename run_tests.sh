@@ -22,10 +22,11 @@ for part in "${parts[@]}"; do
       "$PYTHON" -m ruff format --check . ;;
     unit)
       # A line for each process; every process has one thread. The last line takes all other tests.
-      xargs -P "$cores" -L 1 "$PYTHON" -m pytest -q <<'TESTS'
-tests/kdbook
+      OMP_NUM_THREADS=1 xargs -P "$cores" -L 1 "$PYTHON" -m pytest -q <<'TESTS'
+tests/kdbook/cli
 tests/kdlib/engine
 tests/kdlib/methods
+tests/kdbook --ignore=tests/kdbook/cli
 tests --ignore=tests/kdbook --ignore=tests/kdlib/engine --ignore=tests/kdlib/methods
 TESTS
       ;;
