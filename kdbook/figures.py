@@ -242,6 +242,7 @@ def stamp(figure: Figure, text: str) -> None:
     strip = 0.2 / figure.get_figheight()
     if engine := figure.get_layout_engine():
         engine.set(rect=(0, 0, 1, 1 - strip))
-    place = {"ha": "center", "va": "center", "fontsize": 8}
-    figure.text(0.5, 1 - strip / 2, text, color=VERMILION, weight="bold", **place)
+    # At the left: the layout does not move a legend that stands above the axes.
+    place = {"ha": "left", "va": "center", "fontsize": 6}
+    figure.text(0.01, 1 - strip / 2, text, color=VERMILION, weight="bold", **place)
     figure.patch.set(edgecolor=VERMILION, linewidth=2)
