@@ -75,10 +75,9 @@ class Profile:
     @property
     def faithful(self) -> bool:
         """Whether every run is as long and as large as in the paper, on the paper's data."""
-        fewer = self.images or self.axis_limit
-        return self.epoch_scale == 1 and not (
-            fewer or self.instead or self.datasets or self.suffixes or self.models
-        )
+        smaller = (self.images, self.axis_limit, self.seeds_of_grid, self.batch, self.rates)
+        other = (self.instead, self.datasets, self.suffixes, self.models, self.repeats)
+        return self.epoch_scale == 1 and not any((*smaller, *other, self.iteration_scale))
 
     @property
     def scale(self) -> str:
@@ -146,7 +145,8 @@ class Profile:
             settings: other fields of ``Recipe``.
         """
         scaled = [self._repeat(epoch, data) for epoch in (epochs, *milestones)]
-        recipe = Recipe(epochs=scaled[0], milestones=tuple(scaled[1:]), **settings)
+        # Two milestones of a short training can meet. There the rate falls once, not twice.
+        recipe = Recipe(epochs=scaled[0], milestones=tuple(dict.fromkeys(scaled[1:])), **settings)
         recipe = replace(recipe, lr=self.rates.get(recipe.lr, recipe.lr))
         if not self.batch or recipe.batch <= self.batch:
             return recipe

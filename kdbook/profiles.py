@@ -38,7 +38,11 @@ PROFILES = {
                 "images": {"cifar10": 12_000, "cifar100": 12_000},
             },
             "kr": {"epoch_scale": 1 / 16, "rates": {0.01: 0.1}},
-            "methods": {"epoch_scale": 1 / 27, "images": {"cifar10": 10_000}},
+            "methods": {
+                "epoch_scale": 1 / 27,
+                "images": {"cifar10": 10_000},
+                "rates": {0.01: 0.1},
+            },
             "rco": {
                 "instead": {"cifar100": "cifar10"},
                 "images": {"cifar10": 10_000},

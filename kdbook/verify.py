@@ -163,6 +163,7 @@ def compare(recorded: Recorded, trained: Trained, alike: bool = True) -> Compari
         for name in [n for n in old or new if n != "seconds" and _differ(old.get(n), new.get(n))]:
             since = since or (old or new)["epoch"]
             distance = abs(old.get(name, math.inf) - new.get(name, math.inf))
+            distance = math.inf if math.isnan(distance) else distance
             columns[name] = max(columns.get(name, 0.0), distance)
     weights, before, now = None, recorded.summary["weights"], trained.summary["weights"]
     # Before records had the curve, it lay beside the weights and was hashed with them.

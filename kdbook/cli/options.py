@@ -29,7 +29,9 @@ examples:
   ./run_all.sh --only "rco, stc/table1"   all exhibits of a chapter, and one more
   ./run_all.sh --minutes 8                eight minutes of the book; again to go on
   ./run_all.sh --verify kr/figure5        check a recorded run of this exhibit
-  ./run_all.sh --profile course           on CIFAR and MNIST; three commands download them first:
+  ./run_all.sh --profile laptop           on CIFAR at 16x16 and MNIST, on a CPU
+  ./run_all.sh --profile course           on CIFAR and MNIST. Before either of these two, three
+                                          commands download the data sets:
                                             python -m kdlib.data cifar10
                                             python -m kdlib.data cifar100
                                             python -m kdlib.data mnist

@@ -18,6 +18,8 @@ from kdbook.profiles import PROFILES
 from kdlib import files
 from kdlib.errors import KdlibError
 
+NEXT = "./run_all.sh --profile laptop on a CPU or --profile course on a GPU, or "
+
 
 def list_notebooks(profile_name: str) -> None:
     rows = [("exhibit", "notebook", f"time ({profile_name})", "title")]
@@ -114,7 +116,7 @@ Done in {minutes} min {seconds} s.
   scorecard   {results / "scorecard.html"}
   tables      {results}/<paper>/<exhibit>/table.md, with the figures in the same folder
   notebooks   {results / "notebooks"}, executed
-Next: {"./run_all.sh --profile course on a GPU, or " if profile.name == "smoke" else ""}\
+Next: {NEXT if profile.name == "smoke" else ""}\
 {Path(sys.executable).parent / "jupyter"} lab notebooks/00_start_here.ipynb""")
     return 0
 

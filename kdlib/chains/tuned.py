@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from kdlib import store
+from kdlib.engine.graph import is_complete
 from kdlib.errors import NothingFound
 from kdlib.runs import Run
 from kdlib.store import Trained
@@ -15,7 +16,7 @@ from kdlib.store import Trained
 class Tuned:
     """A chain of runs for ``train``: candidates, then the run that belongs to the best of them.
 
-    A candidate whose loss is not finite loses; the chain goes on.
+    A candidate whose loss is not finite loses, and is not tried again; the chain goes on.
 
     Attributes:
         candidates: one run for each value of a setting. On a data set with the suffix ``+held``
@@ -41,7 +42,7 @@ class Tuned:
     def next_run(self, trained: Trained | None) -> Run | None:
         """The missing candidates; then the run of the best one; then None."""
         for run in self.candidates:
-            if store.find_record(run) is None and not store.failure_path(run).exists():
+            if not (is_complete(run, False, {}) or store.failure_path(run).exists()):
                 return run
         final = self.runs[self.choose()]
         return None if trained and trained.run == final else final

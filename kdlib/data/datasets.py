@@ -60,7 +60,7 @@ def load_data(name: str, split: str = "train", device: str | torch.device = "cpu
             The suffix ``+half`` halves height and width, ``+noise<deviation>`` and
             ``+blur<deviation>`` distort every image. With ``+held`` every fifth training image is
             a test image, and the data set's own test images are not used. Several suffixes apply
-            from left to right.
+            from left to right, ``+held`` before all others.
         split: ``train`` or ``test``.
 
     Raises:

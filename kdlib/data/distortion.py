@@ -1,4 +1,4 @@
-"""Changed copies of a data set: ``cifar100+half``, ``cifar100+noise0.04``, ``cifar100+blur1``."""
+"""Changed copies of a data set: ``cifar100+half``, ``+noise0.04``, ``+blur1``, ``+held``."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ SEEDS = {"train": 20191, "test": 10534}  # arbitrary; other seeds make other dat
 
 
 SUFFIXES = re.compile(r"\+(held|half|noise|blur)(\d*\.?\d+)?")
-NAME = re.compile(r"(.+?)((?:\+held|\+half|\+(?:noise|blur)\d*\.?\d+)*)")
+NAME = re.compile(r"(?s)(.*?)((?:\+held|\+half|\+(?:noise|blur)\d*\.?\d+)*)")
 
 
 def split_name(name: str) -> tuple[str, str]:

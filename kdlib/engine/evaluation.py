@@ -16,17 +16,17 @@ from kdlib.runs import Run
 # Images in one chunk: as many as fit the cache of a CPU, or fill a GPU.
 CHUNK = {"cpu": 128, "cuda": 2000}
 
-# A run on a part of the training images, n of them, is tested on n / TESTED images after an epoch
-# whose weights it does not keep. The test of all images would take a quarter of its time.
+# A run on a part of the training images, n of them, is tested on n / TESTED images after each epoch
+# but its last. The test of all images would take a quarter of its time. A teacher with a route is
+# always tested on all: its earlier epochs are teachers.
 TESTED = 10
 
 Classifier = Callable[[Tensor], Tensor]
 
 
-def tested_images(run: Run, epoch: int) -> int | None:
-    """How many test images a run is tested on after ``epoch``, which is not its last; None: all."""
-    part = run.images and epoch not in run.keep
-    return max(1, run.images // TESTED) if part else None
+def tested_images(run: Run) -> int | None:
+    """How many test images a run is tested on after an epoch that is not its last; None for all."""
+    return max(1, run.images // TESTED) if run.images and not run.save_logits else None
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ class Trainer:
         classifiers = {"student": student} | networks
         modules |= {name: self.state.plain(m) for name, m in self.teachers.pretrained.items()}
         classifiers |= self.run.method.composites(student, teacher, modules)
-        count = None if last else tested_images(self.run, self.epoch + 1)
+        count = None if last else tested_images(self.run)
         return evaluate(classifiers, self.test, cache, count)
 
     # --- files ------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_a_part_of_the_test_images_has_all_classes(taught):
     assert evaluate({"student": student}, images, cache, count=10**6) == whole
 
 
-def test_a_run_on_a_part_of_the_images_is_tested_on_all_where_it_keeps_weights(tiny, monkeypatch):
+def test_a_run_on_a_part_of_the_images_is_tested_on_all_in_the_end(tiny, monkeypatch):
     counts = []
 
     def counting(classifiers, images, cache, count=None):
@@ -60,10 +60,13 @@ def test_a_run_on_a_part_of_the_images_is_tested_on_all_where_it_keeps_weights(t
 
     monkeypatch.setattr(trainer_module, "evaluate", counting)
     trained = train([tiny(epochs=4, keep=(2,))])[0]  # 128 training images
-    assert counts == [12, None, 12, None]
+    assert counts == [12, 12, 12, None]
     test = load_data("digits", "test")
     last = evaluate({"student": trained.model()}, test, None)
     assert trained.final["test_top1"] == pytest.approx(last["test_top1"])
+    counts.clear()
+    train([tiny(epochs=2, seed=1, save_logits=True)])  # a route: its earlier epochs are teachers
+    assert counts == [None, None]
 
 
 def test_the_size_of_chunks_changes_no_validation_logit(monkeypatch):
