@@ -59,6 +59,9 @@ SMALL_NETWORKS = {"resnet50": "resnet8", **STUDENTS, **PAIRS, **SEARCH, **KR}
 LAPTOP_NETWORKS = {
     **SMALL_NETWORKS,
     "resnet50": "resnet14",
+    # The students of RCO that run: more channels for a larger expansion or a larger width.
+    "mobilenetv2-t6-w0.35": "resnet8-x0.4",
+    "mobilenetv2-t4-w0.5": "resnet8-x0.45",
     "mobilenetv2-t6-w0.5": "resnet8-x0.5",
     "resnet56": "resnet14",
     "resnet110": "resnet20",

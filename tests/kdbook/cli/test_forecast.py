@@ -11,10 +11,14 @@ from kdlib import KD, KDGAN, FoundStudent, GateSearch, MutualLearning, Recipe
 from kdlib.methods import OneStage
 
 
-def test_notebooks_want_the_same_checkpoints_of_a_run():
-    """If one notebook asks for more checkpoints, the run of another is trained again."""
+def test_notebooks_want_the_same_checkpoints_of_a_run(monkeypatch, tmp_path):
+    """If one notebook asks for more checkpoints, the run of another is trained again.
+
+    The runs are known before the data sets are downloaded.
+    """
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
     wanted = {}
-    for profile_name in ("course", "paper"):
+    for profile_name in ("laptop", "course", "paper"):
         for notebook in notebooks.all_notebooks():
             pending = estimated_runs(notebook, profile_name=profile_name)
             for run in pending:
