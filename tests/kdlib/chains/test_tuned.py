@@ -8,18 +8,19 @@ from kdlib.errors import NothingFound
 RATES = (0.05, 0.1, 0.2)
 
 
-def write_accuracy(run, top1):
-    summary = {"weights": {}, "teachers": {}, "seconds": 0, "environment": {}}
-    rows = [{"epoch": 1, "test_top1": 99.0}, {"epoch": 2, "test_top1": top1}]
-    store.write_record(run, rows, summary)
+def write_accuracy(trained, top1):
+    """Change the record of a trained run."""
+    rows = [row | {"test_top1": 99.0} for row in trained.rows]
+    rows[-1]["test_top1"] = top1
+    store.write_record(trained.run, rows, trained.summary)
 
 
 @pytest.mark.parametrize(("accuracies", "chosen"), [((50, 70, 60), 1), ((60, 50, 60), 0)])
 def test_the_best_candidate_after_its_last_epoch_is_chosen(tiny, accuracies, chosen):
     candidates = [tiny(lr=lr, data="digits+held") for lr in RATES]
     chain = Tuned(candidates, [tiny(lr=lr) for lr in RATES])
-    for run, top1 in zip(candidates, accuracies, strict=True):
-        write_accuracy(run, top1)
+    for trained, top1 in zip(train(candidates), accuracies, strict=True):
+        write_accuracy(trained, top1)
     assert chain.accuracies() == list(accuracies)
     assert chain.choose() == chosen
     assert chain.next_run(None) == chain.runs[chosen]
