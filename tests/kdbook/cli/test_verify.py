@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import sys
+import time
 
 import pytest
 import torch
 
 from kdbook import verify as verify_module
 from kdbook.cli import run_all
+from kdbook.cli import verify as verify_program
 from kdbook.cli.notebooks import ROOT
 from kdbook.recorded import CLASSES, Records, rebuild
 from kdbook.verify import as_recorded, repeats
@@ -26,6 +28,7 @@ def verify(monkeypatch, capsys, fresh_data):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["run_all", "--verify", *words])
         monkeypatch.setattr(run_all.signal, "signal", lambda *arguments: None)
+        monkeypatch.setattr(verify_program, "STARTED", time.monotonic())
         status = run_all.main()
         printed = capsys.readouterr()
         return status, printed.out + printed.err
